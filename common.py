@@ -8,9 +8,11 @@ import difflib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +28,8 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import (AutoTokenizer, BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPImageProcessor,
+                          CLIPModel)
 
 ROOT = Path(__file__).resolve().parent
 diffusers.logging.disable_progress_bar()                                  # theirs show loading; ours show training
@@ -77,6 +80,7 @@ class Model:
     device: torch.device
     dtype: torch.dtype                                                    # of the frozen weights: bf16 on CUDA, fp32 on a CPU
     resolution: int
+    base: torch.nn.Module = None                                          # the base model's denoiser, where the other is a full fine-tune
     embeds: dict = field(default_factory=dict)                            # prompt -> tuple of CPU tensors; None -> unconditional
 
     @property
@@ -243,6 +247,11 @@ def predict_x0(scheduler, noise_pred, t, latents):
     die(f"prediction type {scheduler.config.prediction_type!r} is not supported")
 
 
+def diffusion_target(scheduler, x0, noise, t):
+    """What the model should put out on add_noise(x0, noise, t): the noise, or v (same shapes as x0)."""
+    return scheduler.get_velocity(x0, noise, t.expand(len(x0))) if scheduler.config.prediction_type == "v_prediction" else noise
+
+
 def initial_latents(model, generators):
     """x_T ~ N(0, I), one generator per image -> (B, C, h, w) fp32 on the model's device."""
     return torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(model.device)
@@ -254,12 +263,16 @@ def sample(model, scheduler, latents, cond, first, last, generators, guidance_sc
     Gradient-truncated sampling is two calls: the prefix with grad=False, the end with grad=True. Step noise comes from `generators`, one per
     image, continued from one call to the next.
     """
-    extra = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
     with torch.set_grad_enabled(grad):
         for t in scheduler.timesteps[first:last]:
             noise_pred = denoise(model, latents, t.to(model.device), cond, guidance_scale, uncond)
-            latents = scheduler.step(noise_pred, t, latents, generator=generators, **extra).prev_sample
+            latents = scheduler.step(noise_pred, t, latents, generator=generators, **step_options(scheduler, eta)).prev_sample
     return latents
+
+
+def step_options(scheduler, eta):
+    """The keyword arguments of scheduler.step: DDIM takes eta, DDPM is eta 1 by nature."""
+    return {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
 
 
 def decode(model, latents):
@@ -343,12 +356,18 @@ def load_lora(model, path):
 
 @contextlib.contextmanager
 def base_model(model):
-    """Inside, the denoiser is the base model: adapters off, exactly. Do not leave it between a forward and its checkpointed backward."""
-    model.denoiser.disable_adapters()
+    """Inside, the denoiser is the base model, exactly: adapters off; for a full fine-tune, the base's own network; a model as it was loaded is
+    its own base. Do not leave it between a forward and its checkpointed backward."""
+    lora, tuned = hasattr(model.denoiser, "peft_config"), model.denoiser
     try:
+        if lora:
+            model.denoiser.disable_adapters()
+        model.denoiser = tuned if model.base is None else model.base
         yield
     finally:
-        model.denoiser.enable_adapters()
+        model.denoiser = tuned
+        if lora:
+            model.denoiser.enable_adapters()
 
 
 @contextlib.contextmanager
@@ -382,17 +401,34 @@ def merged(model):
 # rewards
 
 
-def resize_and_normalise(images, size, mean, std):
+CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
+
+
+def resize_and_normalise(images, size, mean, std, pad=False):
     """images (B, 3, H, W) in [0, 1] -> (B, 3, size, size): short side resized (bicubic, antialiased: torchvision's tensor Resize bit for
-    bit), centre crop as transformers has it, normalised. Differentiable."""
+    bit), centre crop as transformers has it, normalised. pad, HPS's way: the long side is resized, and the rest is black. Differentiable."""
     h, w = images.shape[-2:]
-    h, w = size * h // min(h, w), size * w // min(h, w)
+    short, long = min(h, w), max(h, w)
+    h, w = (round(h * (size / long)), round(w * (size / long))) if pad else (size * h // short, size * w // short)
     if (h, w) != images.shape[-2:]:
         images = F.interpolate(images, (h, w), mode="bicubic", antialias=True, align_corners=False)
-    top, left = (h - size) // 2, (w - size) // 2
-    images = images[..., top:top + size, left:left + size]
+    if pad:
+        top, left = (size - h) // 2, (size - w) // 2
+        images = F.pad(images, (left, size - w - left, top, size - h - top))
+    else:
+        top, left = (h - size) // 2, (w - size) // 2
+        images = images[..., top:top + size, left:left + size]
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
     return (images - mean) / std
+
+
+def read_weights(path):
+    """A .safetensors file, or a torch checkpoint ({name: tensor}, or that under "state_dict") -> {name: tensor}. Never unpickles code."""
+    state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return state
 
 
 class PickScore:
@@ -404,8 +440,8 @@ class PickScore:
     def __init__(self, model, processor, device, cosine=False):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         clip, info = CLIPModel.from_pretrained(model, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        if info["missing_keys"]:                                          # transformers would go on with random ones
-            raise ValueError(f"{model} holds no complete CLIPModel: {min(info['missing_keys'])} is missing")
+        if wrong := {k for k in info["missing_keys"] | info["unexpected_keys"] if not k.endswith("position_ids")}:
+            raise ValueError(f"{model} does not fit CLIPModel: {min(wrong)} is missing or unexpected")       # transformers would go on, with random ones
         self.clip = clip.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
         image = CLIPImageProcessor.from_pretrained(processor)
@@ -428,6 +464,98 @@ class PickScore:
         return self.texts[prompt]
 
 
+class ClipScore:
+    """cos(image, text) of an open_clip model: CLIPScore (Hessel et al. 2021); with pad and its own weights HPSv2 (Wu et al. 2023).
+
+    name, tag: architecture and weights as open_clip calls them; path: a file of weights instead of the tag's. An open_clip_config.json beside
+    it gives the architecture (open_clip's own hub layout). Called as PickScore is.
+    """
+
+    def __init__(self, name, device, tag=None, path=None, pad=False):
+        import open_clip                                                  # a second, that only its users spend
+
+        if path and Path(path).with_name("open_clip_config.json").is_file():
+            name = f"local-dir:{Path(path).parent}"
+        self.dtype, self.device, self.pad, self.texts = torch.bfloat16 if device.type == "cuda" else torch.float32, device, pad, {}
+        precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
+        self.clip = open_clip.create_model(name, tag, load_weights=not path, require_pretrained=not path, precision=precision, device=device)
+        if path:
+            self.clip.load_state_dict(read_weights(path))
+        self.clip.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        config = self.clip.visual.preprocess_cfg
+        self.size, self.mean, self.std = self.clip.visual.image_size[0], config["mean"], config["std"]
+
+    def __call__(self, images, prompts):
+        text = torch.stack([self.text(p) for p in prompts])
+        pixels = resize_and_normalise(images, self.size, self.mean, self.std, self.pad).to(self.dtype)
+        return (F.normalize(self.clip.encode_image(pixels).float(), dim=-1) * text).sum(-1)
+
+    @torch.no_grad()
+    def text(self, prompt):
+        if prompt not in self.texts:
+            self.texts[prompt] = F.normalize(self.clip.encode_text(self.tokenizer([prompt]).to(self.device)).float(), dim=-1)[0]
+        return self.texts[prompt]
+
+
+BLIP_NAMES = (                                                            # ImageReward.pt's names -> transformers'
+    (r"^blip\.visual_encoder\.", "vision."), (r"^blip\.text_encoder\.", "text."), (r"^mlp\.layers\.", "mlp."),
+    (r"\.cls_token$", ".embeddings.class_embedding"), (r"\.pos_embed$", ".embeddings.position_embedding"),
+    (r"\.patch_embed\.proj\.", ".embeddings.patch_embedding."), (r"^vision\.norm\.", "vision.post_layernorm."),
+    (r"\.blocks\.", ".encoder.layers."), (r"\.norm([12])\.", r".layer_norm\1."), (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."))
+
+
+def blip_scorer(state):
+    """ImageReward.pt's {name: tensor} -> ModuleDict(vision, text, mlp) with these weights. Sizes are the tensors'; heads are 64 wide, as in BLIP."""
+    state = {k: v for k, v in state.items() if not re.match(r"blip\.(text_encoder\.embeddings\.position_ids|vision_proj|text_proj)", k)}
+    for pattern, name in BLIP_NAMES:
+        state = {re.sub(pattern, name, k): v for k, v in state.items()}
+    width, _, _, patch = state["vision.embeddings.patch_embedding.weight"].shape
+    grid = round((state["vision.embeddings.position_embedding"].shape[1] - 1) ** .5)
+    vision = BlipVisionConfig(
+        hidden_size=width, num_attention_heads=width // 64, image_size=grid * patch, patch_size=patch, layer_norm_eps=1e-6,
+        intermediate_size=len(state["vision.encoder.layers.0.mlp.fc1.weight"]), num_hidden_layers=sum(k.endswith(".mlp.fc1.weight") for k in state))
+    words, hidden = state["text.embeddings.word_embeddings.weight"].shape
+    text = BlipTextConfig(                                                # is_decoder: here it makes the cross-attention
+        vocab_size=words, hidden_size=hidden, num_attention_heads=hidden // 64, encoder_hidden_size=width, is_decoder=True,
+        max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]), num_hidden_layers=sum(
+            k.endswith(".intermediate.dense.weight") for k in state), intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]))
+    linear, drop = torch.nn.Linear, torch.nn.Identity                     # no non-linearity; its dropout sleeps in evaluation
+    mlp = torch.nn.Sequential(linear(hidden, 1024), drop(), linear(1024, 128), drop(), linear(128, 64), drop(), linear(64, 16), linear(16, 1))
+    net = torch.nn.ModuleDict(dict(vision=BlipVisionModel(vision), text=BlipTextModel(text, add_pooling_layer=False), mlp=mlp))
+    net.load_state_dict(state)
+    return net.eval().requires_grad_(False)
+
+
+class ImageReward:
+    """ImageReward-v1.0 (Xu et al. 2023): BLIP's image encoder, its text encoder looking at the image, a linear MLP on [CLS]. Normalised to mean 0
+    and variance 1 as its authors have it; raw: the MLP's own output. path: ImageReward.pt; a tokenizer beside it is used instead of the hub's.
+    """
+
+    def __init__(self, path, device, raw=False):
+        self.net = blip_scorer(read_weights(path)).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.net["mlp"].float()
+        folder = Path(path).parent
+        self.tokenizer = BertTokenizer.from_pretrained(folder if (folder / "tokenizer_config.json").is_file() else "google-bert/bert-base-uncased")
+        self.raw, self.texts = raw, {}
+
+    def __call__(self, images, prompts):
+        ids, mask = (torch.cat(x) for x in zip(*(self.text(p) for p in prompts)))
+        vision = self.net["vision"]
+        pixels = resize_and_normalise(images, vision.config.image_size, CLIP_MEAN, CLIP_STD).to(vision.dtype)
+        states = vision(pixels).last_hidden_state
+        hidden = self.net["text"](input_ids=ids, attention_mask=mask, encoder_hidden_states=states).last_hidden_state      # no is_decoder: bidirectional
+        r = self.net["mlp"](hidden[:, 0].float())[:, 0]
+        return r if self.raw else (r - 0.16717362830052426) / 1.0333394966054072
+
+    def text(self, prompt):
+        if prompt not in self.texts:
+            tokens = self.tokenizer([prompt], padding="max_length", truncation=True, max_length=35, return_tensors="pt").to(self.net["text"].device)
+            self.texts[prompt] = tokens.input_ids, tokens.attention_mask
+        return self.texts[prompt]
+
+
 @dataclass
 class Reward:
     """One row of REWARDS: how to build it, the range known from the literature or measured, and the constant affine map r' = (r - shift) /
@@ -440,25 +568,47 @@ class Reward:
 
 
 TOY = ROOT / "toy"
+OPEN_CLIP = "open_clip_model.safetensors"
 REWARDS = {
     "toy_pref": Reward(lambda path, device: PickScore(path or TOY / "pref", path or TOY / "pref", device), 3., 16.5, 3., 13.),
     "toy_clip": Reward(lambda path, device: PickScore(path or TOY / "clip", path or TOY / "clip", device, cosine=True), 0., .93),
-    "pick": Reward(lambda path, device: PickScore(path or "yuvalkirstain/PickScore_v1", path or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", device),
-                   20., 24., 20., 10.),
+    "hps": Reward(lambda path, device: ClipScore("ViT-H-14", device, path=published(path, "HPS_v2.1_compressed.pt", "xswu/HPSv2"), pad=True), .25, .38),
+    "pick": Reward(lambda path, device: PickScore(path or "yuvalkirstain/PickScore_v1", pick_processor(path), device), 20., 24., 20., 10.),
+    "imagereward": Reward(lambda path, device: ImageReward(published(path, "ImageReward.pt", "THUDM/ImageReward"), device), -2., 2.),
+    "clip": Reward(lambda path, device: ClipScore("ViT-B-32-quickgelu", device, "openai", path and published(path, OPEN_CLIP)), .25, .35),
+    "clip_h": Reward(lambda path, device: ClipScore("ViT-H-14", device, "laion2b_s32b_b79k", path and published(path, OPEN_CLIP)), .25, .4),
 }
 
 
-def load_reward(spec, device):
-    """"name" or "name:PATH" -> (callable, its row of REWARDS). Weights that are missing or unreadable are an error, never random."""
+def published(path, filename, repo=None):
+    """The file that --reward name:PATH means: PATH itself, or in the folder PATH, or without one on the hub, the file of its published name."""
+    return path if path and os.path.isfile(path) else fetch(path or repo, filename)
+
+
+def pick_processor(path):
+    """PickScore's processor is CLIP-H's, unless the folder brings one along."""
+    return path if path and (Path(path) / "tokenizer_config.json").is_file() else "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+def split_reward(spec):
+    """"name" or "name:PATH" -> (name, PATH or None), both known to exist."""
     name, _, path = spec.partition(":")
     if name not in REWARDS:
         die(f"--reward {name}: no such reward; {nearest(name, list(REWARDS))}")
     if path and not os.path.exists(path):
         die(f"--reward {spec}: {path} does not exist")
+    return name, path or None
+
+
+def load_reward(spec, device):
+    """"name" or "name:PATH" -> (callable, its row of REWARDS). Weights that are missing, unreadable or do not fit are an error, never random."""
+    name, path = split_reward(spec)
     try:
-        return REWARDS[name].build(path or None, device), REWARDS[name]
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        die(f"--reward {spec}: cannot load its weights: {str(e).splitlines()[0]}")
+        return REWARDS[name].build(path, device), REWARDS[name]
+    except pickle.UnpicklingError:
+        die(f"--reward {spec}: its file is no checkpoint of plain tensors; one that carries code is never opened")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        die(f"--reward {spec}: cannot load its weights: {textwrap.shorten(f'{type(e).__name__}: {e}', 400)}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -497,6 +647,7 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         toy = args.model == "toy"
         args.reward = args.reward or ("toy_pref" if toy else die(f"--reward is needed with --model {args.model}; known: {', '.join(REWARDS)}"))
+        split_reward(args.reward)
         args.prompts = args.prompts or (str(TOY / "prompts_train.txt") if toy else die(f"--prompts FILE is needed with --model {args.model}"))
         args.test_prompts = args.test_prompts or (str(TOY / "prompts_test.txt") if toy else None)
         args.out = args.out or str(Path("runs") / re.sub(r"[^\w.-]+", "_", f"{script}-{args.model}-{args.reward}"))

@@ -87,8 +87,8 @@ def refl(out, jobs):
     together(jobs, [lambda s=s: train(s) for s in SEEDS])
 
     snapshots = sorted(p.name for p in (runs[SEEDS[0]] / "lora").glob("step_*"))
-    wanted = {("base, guidance 4",): ("base_guided", "--mode", "base", "--lora", runs[0], "--guidance_scale", 4),
-              ("base, no guidance",): ("base_plain", "--mode", "base", "--lora", runs[0], "--guidance_scale", 1)}
+    wanted = {("base, guidance 4",): ("base_guided", "--mode", "base", "--lora", runs[0], "--base_guidance_scale", 4),
+              ("base, no guidance",): ("base_plain", "--mode", "base", "--lora", runs[0], "--base_guidance_scale", 1)}
     wanted |= {(name, seed): (f"{name}_{seed}", "--mode", "tuned", "--lora", runs[seed] / "lora" / name) for name in snapshots for seed in SEEDS}
     results = {}
     together(jobs, [lambda k=k, w=w: results.update({k: metrics(out, images(out, *w))}) for k, w in wanted.items()])

@@ -63,7 +63,7 @@ def made(tmp_path_factory):
         for p in trainable(model, rank):
             p.data += (.2 if rank else .02) * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         save_weights(model, run_folder.weights, rank)
-    for name, words in dict(tuned=["--lora", root / "run"], base=["--lora", root / "run", "--mode", "base", "--guidance_scale", 1],
+    for name, words in dict(tuned=["--lora", root / "run"], base=["--lora", root / "run", "--mode", "base", "--base_guidance_scale", 1],
                             full=["--lora", root / "full"]).items():
         run("combined_sample", *words, "--num_images", 2, "--out", root / "images" / name)
     return root
