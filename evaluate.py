@@ -1,59 +1,102 @@
 """Measures folders of images, whoever made them: metadata.jsonl with {"file_name", "text"} a line, and "prompt_id", "seed" if there are any.
 
-Quality, the mean over prompts of the mean over a prompt's images:
-  toy_pref      the toy world's preference reward, that runs train on
-  toy_pref_b    another judge of the same taste, made from other data; never a training reward
-  toy_clip      cosine of image and text of the toy world's CLIP
-  toy_correct   share of images that show exactly what the caption says, by toy/oracle.py, which has no learned part; where it abstains the
-                image counts as not correct, and the rate of that is told
-  pick          PickScore
+Quality, the mean over prompts of the mean over a prompt's images. A colon gives the weights in the published layout: hps:FILE, mps:DIR.
+  hps pick clip clip_h         HPSv2.1, PickScore, CLIPScore of ViT-B/32 and of ViT-H-14, on the rewards' own scales
+  imagereward[_raw]            ImageReward; _raw without its normalisation (ImageReFL's tables hold it)
+  mps                          MPS, "overall", text tokens chosen per sample (the authors' code chooses them per batch)
+  toy_pref toy_clip            the rewards of the toy world; toy_pref_b: a second judge of the same taste, never a training reward
+  toy_correct                  share of images that toy/oracle.py reads as the caption says; no learned part; where it abstains: not correct, and told
 Diversity:
-  dino_div      mean over prompts of the mean over pairs of the prompt's images of 1 - cos of their DINO features (the CLS token).
-                --dino toy, or a ViT of the hub such as facebook/dino-vits16 (the paper's). Pixels are normalised as DINO's own
-                preprocessor says (ImageNet); ImageReFL's release feeds it CLIP's. Compare figures of one extractor only.
+  dino_div                     mean over prompts of the mean over pairs of a prompt's images of 1 - cos of their DINO features (CLS token).
+                               --dino toy, or a ViT such as facebook/dino-vits16 (the paper's), normalised as its preprocessor says (ImageNet;
+                               ImageReFL's release feeds it CLIP's). Compare figures of one extractor only.
+Against --reference, on all images, so without an interval (a resampled covariance has a smaller rank: FID would be biased):
+  fid                          Frechet distance of Inception features, with the weights of pytorch-fid; wants more than 2,048 images a side
+  frechet_toy                  the same distance of toy/dino features: no FID
+  cov_dist log_cov_dist        ours, after arXiv 2409.06493, whose code is not public: DINO features of length 1, l and m the sorted eigenvalues of their
+                               covariances here and in the reference: mean |l_i - m_i|, and mean |log l_i - log m_i| with eigenvalues below 1e-8 set to it
+Artifacts: artifact_mean, artifact_max: confidence of a --detector in [0, 1], mean and maximum over an image's pixels.
+drift: the first folder against each other one, image by image of the same prompt and seed, outside --masks: PSNR (dB, at most 100, which identical
+  images have) and 1 - cos of DINO features.
 
 Intervals: 95 %, bootstrap over prompts. If a folder has the prompts and seeds of the first one, its differences to it are paired by prompt.
+Features are kept in DIR/.evaluate, and made again when images, prompts, weights or these scripts change.
 
-  $ python evaluate.py images/base images/tuned --metrics toy_pref,toy_clip,toy_correct,dino_div --out results.json
+  $ python evaluate.py images/base images/tuned --metrics toy_pref,toy_clip,toy_correct,dino_div --out results.json --plot trade_off.png
+  $ python evaluate.py --over_steps runs/refl-toy-toy_pref --metrics toy_pref,toy_pref_b,dino_div --plot over_steps.png
 """
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import ViTModel
+from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import REWARDS, TOY, Parser, PickScore, Reward, die, fetch, generator, nearest, pick_device, resize_and_normalise
+from common import (ROOT, TOY, Parser, PickScore, base_model, die, encode_prompts, fetch, generate_batches, generator, load_lora, load_model,
+                    load_reward, merged, nearest, pick_device, read_prompts, resize_and_normalise, to_pil, trainable)
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
 
-JUDGES = {**REWARDS, "toy_pref_b": Reward(lambda path, device: PickScore(TOY / "pref_b", TOY / "pref_b", device), 0., 10.)}
-METRICS = [*JUDGES, "toy_correct", "dino_div"]
+QUALITY = ("hps", "pick", "imagereward", "imagereward_raw", "mps", "clip", "clip_h", "toy_pref", "toy_pref_b", "toy_clip", "toy_correct")
+ARTIFACTS, AGAINST = ("artifact_mean", "artifact_max"), ("fid", "frechet_toy", "cov_dist", "log_cov_dist")
+METRICS = (*QUALITY, "dino_div", *ARTIFACTS, *AGAINST, "drift")
+NETWORK = {name: "dino" for name in METRICS} | {name: name for name in QUALITY} | {name: "detector" for name in ARTIFACTS} | {"fid": "inception"}
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"                           # MPS is built on it: its config, tokenizer and preprocessor
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="folders with images and metadata.jsonl; differences are to the first one")
-    parser.add_argument("--metrics", required=True, help=f"comma-separated, of {', '.join(METRICS)}")
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="folders with images and metadata.jsonl; differences are to the first one")
+    parser.add_argument("--metrics", required=True, help="comma-separated, of the above; name:PATH takes the weights from there")
+    parser.add_argument("--reference", help=f"folder of images for {', '.join(AGAINST)}")
     parser.add_argument("--dino", help=f"toy, or a folder or hub id of a ViT (toy if all images are {TOY_SIZE} px, else facebook/dino-vits16)")
+    parser.add_argument("--detector", help=f"folder or hub id of an AutoModelForSemanticSegmentation with one class (toy/detector if all images are {TOY_SIZE} px)")
+    parser.add_argument("--masks", help="drift: folder of masks named as the first folder's images; white may change, and is left out")
+    parser.add_argument("--over_steps", metavar="RUN", help="sample base and every snapshot of a run into RUN/over_steps, as its sampler block says, and measure them")
+    parser.add_argument("--prompts", help="--over_steps: text file, a prompt per line (the run's --test_prompts)")
+    parser.add_argument("--num_images", type=int, default=4, help="--over_steps: images per prompt")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at once; no result depends on it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--out", help="write everything to this JSON file, with each prompt's value")
+    parser.add_argument("--plot", help="PNG: every quality against the first diversity named; with --over_steps every metric over the steps")
     args = parser.parse_args(argv)
-    args.metrics = list(dict.fromkeys(m.strip() for m in args.metrics.split(",")))
-    for name in args.metrics:
+    args.metrics = dict(m.strip().partition(":")[::2] for m in args.metrics.split(","))
+    for name, path in args.metrics.items():
         if name not in METRICS:
             parser.error(f"--metrics {name}: no such metric; {nearest(name, METRICS)}")
+        if path and (NETWORK[name] in ("dino", "detector") or name == "toy_correct"):
+            parser.error(f"--metrics {name}:{path}: {name} takes no path; see --dino and --detector")
+        if path and not os.path.exists(path):
+            parser.error(f"--metrics {name}:{path}: {path} does not exist")
+    if bool(args.folders) == bool(args.over_steps):
+        parser.error("folders of images are needed, or --over_steps RUN in their place")
     if len(set(map(os.path.realpath, args.folders))) < len(args.folders):
         parser.error("a folder is named twice")
-    if args.out and (os.path.isdir(args.out) or not Path(args.out).absolute().parent.is_dir()):
-        parser.error(f"--out {args.out}: the name of a file in a folder that exists is needed")
+    if needs := [name for name in args.metrics if name in AGAINST and not args.reference]:
+        parser.error(f"--metrics {needs[0]} is measured against --reference DIR, a folder of images")
+    if "drift" in args.metrics and not args.over_steps and len(args.folders) < 2:
+        parser.error("--metrics drift needs two folders of the same prompts and seeds")
+    if args.masks and "drift" not in args.metrics:
+        parser.error("--masks are for --metrics drift")
+    if min(args.batch_size, args.num_images) < 1:
+        parser.error(f"--batch_size {args.batch_size} --num_images {args.num_images}: at least 1")
+    if args.plot and not args.over_steps and not ({*QUALITY, *ARTIFACTS} & {*args.metrics} and {"dino_div", *AGAINST} & {*args.metrics}):
+        parser.error(f"--plot draws quality against diversity: one of {', '.join(QUALITY)} and one of dino_div, {', '.join(AGAINST)} are needed")
+    for name in ("out", "plot"):
+        if (path := getattr(args, name)) and (os.path.isdir(path) or not Path(path).absolute().parent.is_dir()):
+            parser.error(f"--{name} {path}: the name of a file in a folder that exists is needed")
     return args
 
 
@@ -84,7 +127,7 @@ def read_folder(folder):
             die(f"{path}: prompt_id {row['prompt_id']} has two texts, {texts[row['prompt_id']]!r} and {row['text']!r}")
     if not rows or len({row["file_name"] for row in rows}) < len(rows):
         die(f"{path}: " + ("a file is named twice" if rows else "no images in it"))
-    return sorted(rows, key=lambda row: (row["prompt_id"], row["file_name"]))
+    return sorted(rows, key=lambda row: (row["prompt_id"], str(row["seed"]), row["file_name"]))
 
 
 def read_image(path):
@@ -109,7 +152,7 @@ def batches(folder, rows, batch=32):
 
 
 def unpaired(first, rows):
-    """Why the differences of two folders cannot be paired; None if they can: the same prompts, and the same seeds of each."""
+    """Why the images of two folders cannot be paired; None if they can: the same prompts, and the same seeds of each."""
     tables = []
     for each in (first, rows):
         if any(row["seed"] is None for row in each):
@@ -122,55 +165,216 @@ def unpaired(first, rows):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
-# metrics
+# networks: callables (images (B, 3, H, W) in [0, 1], B prompts) -> scores (B,) or features (B, D)
+
+
+def load_complete(cls, source, **kwargs):
+    """from_pretrained in fp32, frozen, in eval mode; missing weights are an error, where transformers would go on with random ones."""
+    repo, _, revision = str(source).partition("@")
+    transformers_logging.set_verbosity_error()                            # its report of keys: we say what matters ourselves
+    net, info = cls.from_pretrained(repo, revision=revision or "main", dtype=torch.float32, use_safetensors=True, output_loading_info=True, **kwargs)
+    if lost := sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}):
+        raise ValueError(f"not all weights of a {cls.__name__}: {lost[0]} is missing or has another shape")
+    return net.eval().requires_grad_(False)
 
 
 class Dino:
-    """images (B, 3, H, W) in [0, 1] -> L2-normalised CLS token (B, D) of a ViT (Caron et al. 2021), preprocessed as its folder says."""
+    """L2-normalised CLS token (B, D) of a ViT (Caron et al. 2021), preprocessed as its folder says."""
 
     def __init__(self, source, device):
         processor = json.loads(fetch(source, "preprocessor_config.json").read_text())
         size = processor["size"]                                          # {"height", "width"}, {"shortest_edge"} or, in old files, a number
         self.size = size.get("shortest_edge") or size["height"] if isinstance(size, dict) else size
-        self.mean, self.std, self.device = processor["image_mean"], processor["image_std"], device
-        repo, _, revision = source.partition("@")
-        transformers_logging.set_verbosity_error()                        # its report of the pooler, that we leave out
-        self.vit, info = ViTModel.from_pretrained(repo, revision=revision or "main", add_pooling_layer=False, dtype=torch.float32,
-                                                  use_safetensors=True, output_loading_info=True)
-        if info["missing_keys"]:                                          # transformers would go on with random weights
-            die(f"--dino {source}: no ViT, or not all of its weights: {sorted(info['missing_keys'])[0]} is missing")
-        self.vit.to(device).eval().requires_grad_(False)
+        self.mean, self.std = processor["image_mean"], processor["image_std"]
+        self.vit = load_complete(ViTModel, source, add_pooling_layer=False).to(device)
 
     def __call__(self, images, prompts=None):
-        pixels = resize_and_normalise(images.to(self.device), self.size, self.mean, self.std)
-        return F.normalize(self.vit(pixels).last_hidden_state[:, 0], dim=-1)
+        return F.normalize(self.vit(resize_and_normalise(images, self.size, self.mean, self.std)).last_hidden_state[:, 0], dim=-1)
+
+
+class Detector:
+    """(B, 2): mean and maximum over the pixels of an artifact detector's confidence in [0, 1]. Images are resized (not cropped) as its preprocessor
+    says; logits are upsampled bilinearly, then the sigmoid (DiffDoctor, section 3)."""
+
+    def __init__(self, source, device):
+        processor = json.loads(fetch(source, "preprocessor_config.json").read_text())
+        self.size = processor["size"]["height"], processor["size"]["width"]
+        self.mean, self.std = (torch.tensor(processor[k], device=device).view(3, 1, 1) for k in ("image_mean", "image_std"))
+        self.net = load_complete(AutoModelForSemanticSegmentation, source).to(device)
+        if self.net.config.num_labels != 1:
+            raise ValueError(f"a detector has one class, this network {self.net.config.num_labels}")
+
+    def __call__(self, images, prompts=None):
+        images = F.interpolate(images, self.size, mode="bilinear", antialias=True) if images.shape[2:] != self.size else images
+        logits = F.interpolate(self.net((images - self.mean) / self.std).logits, self.size, mode="bilinear")
+        confidence = logits.sigmoid().flatten(1)
+        return torch.stack([confidence.mean(1), confidence.amax(1)], 1)
+
+
+class Inception:
+    """Pool3 features (B, 2048) of pytorch-fid's InceptionV3, which published FIDs use. Its weights are known by their sha256, and never unpickled."""
+
+    def __init__(self, path, device):
+        from pytorch_fid import inception                                 # only FID needs it
+        path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1])
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, path, hash_prefix=INCEPTION_SHA256)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
+            raise ValueError(f"{path} is not pytorch-fid's file: its sha256 is another one")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        inception.load_state_dict_from_url = lambda url, progress: state  # theirs unpickles what it downloads
+        self.net = inception.InceptionV3().to(device).eval()
+
+    def __call__(self, images, prompts=None):
+        return self.net(images)[0].flatten(1)
+
+
+class MPS:
+    """exp(logit_scale) cos(text, x_4[0]): the Multi-dimensional Preference Score (Zhang et al., CVPR 2024), condition "overall", ImageReward's split.
+
+    x_0 (B, 257, D): image tokens; in each of 4 layers they attend to the text tokens (B, 77, D) that have to do with the condition, then to each
+    other with rotary positions; 16 heads of 64 share one key and value (multi-query), a SwiGLU runs beside each attention, nothing has a bias.
+    source: model.safetensors as RE-N-Y/mpsv1 has it (the authors' own file is a pickle); clip: ViT-H's config, tokenizer and preprocessor.
+    """
+    CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
+                 "attributes, position, number, location, word, things.")
+    CROSS, SELF = ("norm", "to_q", "to_kv", "to_out", "ff.0", "ff.2"), ("norm", "fused_attn_ff_proj", "attn_out", "ff_out.1")
+
+    def __init__(self, source, clip, device):
+        state = load_file(source)
+        own = {k.removeprefix("mps.model."): v for k, v in state.items() if k.startswith("mps.model.")}
+        self.clip = load_complete(CLIPModel, None, config=CLIPConfig.from_pretrained(clip), state_dict=own).to(device)
+        layers = {k.removeprefix("mps.cross_model.layers."): v.float().to(device) for k, v in state.items() if k.startswith("mps.cross_model.layers.")}
+        self.layers = [tuple([layers[f"{i}.{j}.fn.{name}.weight"] for name in names] for j, names in enumerate((self.CROSS, self.SELF)))
+                       for i in range(len({k.split(".")[0] for k in layers}))]
+        self.tokenizer, image = AutoTokenizer.from_pretrained(clip), CLIPImageProcessor.from_pretrained(clip)
+        self.size, self.mean, self.std = image.size.get("shortest_edge", image.size.get("height")), image.image_mean, image.image_std
+        self.condition = self.text([self.CONDITION])[0][0]                # (77, D)
+
+    @torch.no_grad()
+    def text(self, prompts):
+        """-> tokens (B, 77, D), end-of-text features (B, D)."""
+        length = self.clip.config.text_config.max_position_embeddings
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+        out = self.clip.text_model(ids.to(self.clip.device))              # without its attention mask: padding is read as well
+        return self.clip.text_projection(out.last_hidden_state), self.clip.text_projection(out.pooler_output)
+
+    def __call__(self, images, prompts):
+        unique = list(dict.fromkeys(prompts))
+        text, end = (x[[unique.index(p) for p in prompts]] for x in self.text(unique))
+        related = (text @ self.condition.T).amax(-1)                      # (B, 77): each token's closeness to the condition
+        mask = (related / related.amax(1, keepdim=True) > .01)[:, None, None]
+        x = self.clip.vision_model(resize_and_normalise(images, self.size, self.mean, self.std)).last_hidden_state
+        x = self.clip.visual_projection(x)                                # (B, 257, D), before the post-layernorm
+        for (norm, to_q, to_kv, to_out, up, down), (self_norm, fused, attn_out, ff_out) in self.layers:
+            h, head = F.layer_norm(x, norm.shape, norm), len(to_kv) // 2
+            x = x + attend(h @ to_q.T, *(text @ to_kv.T).chunk(2, -1), mask) @ to_out.T + swiglu(h @ up.T) @ down.T
+            q, k, v, ff = (F.layer_norm(x, self_norm.shape, self_norm) @ fused.T).split([len(to_q), head, head, 2 * ff_out.shape[1]], -1)
+            x = x + attend(rotate(q, head), rotate(k, head), v) @ attn_out.T + swiglu(ff) @ ff_out.T
+        return self.clip.logit_scale.exp() * F.cosine_similarity(end, x[:, 0], dim=-1)
+
+
+def attend(q, k, v, mask=None):
+    """q (B, N, heads * d), k and v (B, M, d), the same for all heads, mask broadcast to (B, heads, N, M) -> (B, N, heads * d)."""
+    q = q.unflatten(-1, (-1, k.shape[-1])).transpose(1, 2)
+    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def rotate(x, d):
+    """Rotary positions (Su et al. 2021) for the heads of d numbers in x (B, N, heads * d), the two halves of a head being the pairs."""
+    angle = torch.arange(x.shape[1], device=x.device)[:, None] / 10000 ** (torch.arange(0, d, 2, device=x.device) / d)       # (N, d / 2)
+    a, b = x.unflatten(-1, (-1, d)).chunk(2, -1)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(2)
+
+
+def swiglu(x):
+    a, gate = x.chunk(2, -1)
+    return F.silu(gate) * a
 
 
 def verdicts(images, prompts):
     """toy/oracle.py's verdicts: 1 correct, 0 not, nan where it abstains."""
     table = {True: 1., False: 0., None: float("nan")}
-    return torch.tensor([table[correct(image, prompt)] for image, prompt in zip(images, prompts)])
+    return torch.tensor([table[correct(image, prompt)] for image, prompt in zip(images.cpu(), prompts)])
 
 
-def load_metric(name, device, dino="toy"):
-    """A name of METRICS -> callable(images (B, 3, H, W) in [0, 1], prompts) -> scores (B,), or features (B, D) for dino_div."""
-    if name == "toy_correct":
-        return verdicts
-    source = str(TOY / "dino") if dino == "toy" else dino
-    folder = {"toy_pref": TOY / "pref", "toy_pref_b": TOY / "pref_b", "toy_clip": TOY / "clip"}.get(name)
-    if folder and not (folder / "model.safetensors").is_file():
-        die(f"--metrics {name}: its weights are missing, no {folder / 'model.safetensors'}; `python toy/make.py` makes them")
+def load_network(name, source, device):
+    """A value of NETWORK and where its weights are (None: as published) -> the callable."""
+    flag = {"dino": "--dino", "detector": "--detector", "inception": "--metrics fid"}.get(name, f"--metrics {name}")
+    if name.startswith("toy_") and name != "toy_correct" and not (Path(source) / "model.safetensors").is_file():
+        die(f"--metrics {name}: its weights are missing, no {Path(source) / 'model.safetensors'}; `python toy/make.py` makes them")
     try:
-        return Dino(source, device) if name == "dino_div" else JUDGES[name].build(None, device)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        die(f"--metrics {name}: cannot load the weights{f' of {source}' if name == 'dino_div' else ''}: {(str(e).splitlines() or [type(e).__name__])[0]}")
+        if name == "mps":
+            folder = source if source and os.path.isdir(source) else "RE-N-Y/mpsv1"
+            weights = source if source and os.path.isfile(source) else fetch(folder, "model.safetensors")
+            return MPS(weights, folder if os.path.isfile(os.path.join(folder, "preprocessor_config.json")) else VIT_H, device)
+        if name == "imagereward_raw":
+            reward = load_reward("imagereward" + (f":{source}" if source else ""), device)[0]
+            reward.raw = True
+            return reward
+        build = {"dino": Dino, "detector": Detector, "inception": Inception, "toy_correct": lambda *_: verdicts,
+                 "toy_pref_b": lambda path, device: PickScore(path, path, device)}.get(name)
+        return build(source, device) if build else load_reward(name + (f":{source}" if source else ""), device)[0]
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
+        die(f"{flag}: cannot load the weights{f' of {source}' if source else ''}: {(str(e).splitlines() or [type(e).__name__])[0]}")
+
+
+def fingerprint(name, source, device, folder, rows):
+    """What cached features depend on: the images and texts, the weights, the device's precision, and the code."""
+    def stat(path):
+        return os.fspath(path), path.stat().st_size, path.stat().st_mtime_ns
+    weights = Path(source or "")
+    weights = [weights] if weights.is_file() else [p for p in sorted(weights.glob("*")) if p.is_file()] if source else []
+    code = [(ROOT / f).read_bytes() for f in ("evaluate.py", "common.py", "toy/oracle.py", "toy/scenes.py")]
+    images = [(row["text"], *stat(Path(folder) / row["file_name"])[1:], row["file_name"]) for row in rows]
+    return hashlib.sha256(repr((name, source, device.type, list(map(stat, weights)), code, images)).encode()).hexdigest()
 
 
 @torch.no_grad()
-def scores(metric, images, prompts, batch=32):
-    """What a metric of load_metric says of images (N, 3, H, W) and their N prompts -> (N,) or (N, D), on the CPU."""
-    device = getattr(metric, "device", None) or getattr(getattr(metric, "clip", None), "device", "cpu")
-    return torch.cat([metric(images[i:i + batch].to(device), prompts[i:i + batch]).float().cpu() for i in range(0, len(prompts), batch)])
+def features_of(folders, names, sources, device, batch=32):
+    """{folder: rows}, values of NETWORK, {name: source} -> {(folder, name): (N, ...) on the CPU}. One network is in memory at a time."""
+    table = {}
+    for name in names:
+        keys = {folder: fingerprint(name, sources[name], device, folder, rows) for folder, rows in folders.items()}
+        cache = {folder: Path(folder) / ".evaluate" / f"{name}.safetensors" for folder in folders}
+        for folder in folders:
+            if cache[folder].is_file():
+                try:
+                    with safe_open(cache[folder], "pt") as f:
+                        if (f.metadata() or {}).get("key") == keys[folder]:
+                            table[folder, name] = f.get_tensor("features")
+                except (SafetensorError, OSError) as e:
+                    print(f"{cache[folder]}: not readable ({type(e).__name__}), made again")
+        todo = {folder: rows for folder, rows in folders.items() if (folder, name) not in table}
+        network = load_network(name, sources[name], device) if todo else None
+        with tqdm(total=sum(map(len, todo.values())), desc=name, unit="image", disable=not todo) as bar:
+            for folder, rows in todo.items():
+                parts = []
+                for images, part in batches(folder, rows, batch):
+                    parts.append(network(images.to(device), [row["text"] for row in part]).float().cpu())
+                    bar.update(len(part))
+                table[folder, name] = torch.cat(parts)
+                if name != "toy_correct" and not table[folder, name].isfinite().all():
+                    raise FloatingPointError(f"{name}: its scores of {folder} are not finite; its weights are broken")
+                write_cache(cache[folder], table[folder, name], keys[folder])
+        del network
+    return table
+
+
+def write_cache(path, features, key):
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_file({"features": features.contiguous()}, path.with_suffix(".tmp"), {"key": key})
+        path.with_suffix(".tmp").replace(path)
+    except (OSError, SafetensorError) as e:
+        print(f"{path}: features are not kept, cannot write there ({e})")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# metrics
 
 
 def prompt_means(values, prompt_ids):
@@ -190,6 +394,23 @@ def dino_diversity(features, prompt_ids):
     return {p: 1 - (features[groups[p]] @ features[groups[p]].T)[tuple(ij)].mean().item() for p, ij in pairs.items()}
 
 
+def frechet(a, b):
+    """features (N, D), (M, D) -> |mean_a - mean_b|^2 + tr S_a + tr S_b - 2 tr (S_a^.5 S_b S_a^.5)^.5 in float64 (Heusel et al. 2017, Eq. 6)."""
+    a, b = a.double(), b.double()
+    s_a, s_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(s_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp(min=0).sqrt().sum()
+    return max(0., ((a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross).item())
+
+
+def covariance_distances(a, b, floor=1e-8):
+    """features (N, D), (M, D) -> (cov_dist, log_cov_dist) as the docstring above defines them; eigenvalues below the floor are rounding errors."""
+    spectra = [torch.linalg.eigvalsh(F.normalize(x.double(), dim=-1).T.cov()) for x in (a, b)]
+    logs = [s.clamp(min=floor).log() for s in spectra]
+    return (spectra[0] - spectra[1]).abs().mean().item(), (logs[0] - logs[1]).abs().mean().item()
+
+
 def interval(values, resamples=2000):
     """Per-prompt values -> (mean, low, high), the 95 % bootstrap interval over prompts; always the same draws for the same count."""
     values = torch.tensor(list(values), dtype=torch.float64)
@@ -198,18 +419,21 @@ def interval(values, resamples=2000):
 
 
 def summary(per_prompt):
-    """{id: value} -> dict(mean, low, high, prompts, per_prompt); the mean is None if there is no prompt."""
+    """{id: value} -> dict(mean, low, high, prompts, per_prompt); the mean is None if there is no prompt, the interval if there is but one."""
     mean, low, high = interval(per_prompt.values()) if per_prompt else (None, None, None)
+    low, high = (low, high) if len(per_prompt) > 1 else (None, None)
     return dict(mean=mean, low=low, high=high, prompts=len(per_prompt), per_prompt=per_prompt)
 
 
-def summarise(name, values, prompt_ids):
-    """What `scores` returned for a metric -> its summary; with it toy_correct's rate of abstentions, dino_div's one-image prompts."""
-    if name != "toy_correct" and not values.isfinite().all():
-        raise FloatingPointError(f"--metrics {name}: scores are not finite; its weights are broken")
+def summarise(name, values, prompt_ids, reference=None):
+    """A metric of a folder from its network's values (N, ...) -> its summary; with it toy_correct's abstentions, dino_div's one-image prompts."""
+    if name in AGAINST:
+        value = frechet(values, reference) if name in ("fid", "frechet_toy") else covariance_distances(values, reference)[name == "log_cov_dist"]
+        return dict(mean=value, low=None, high=None, prompts=len(set(prompt_ids)), per_prompt={})
     if name == "dino_div":
         per_prompt = dino_diversity(values, prompt_ids)
         return dict(summary(per_prompt), left_out=len(set(prompt_ids)) - len(per_prompt))
+    values = values[:, ARTIFACTS.index(name)] if name in ARTIFACTS else values
     result = summary(prompt_means(values.nan_to_num(0.) if name == "toy_correct" else values, prompt_ids))
     if name == "toy_correct":
         abstained = prompt_means(values.isnan(), prompt_ids).values()
@@ -217,62 +441,130 @@ def summarise(name, values, prompt_ids):
     return result
 
 
-def measure(folders, metrics):
-    """folders: {name: rows of read_folder}, metrics: {name: callable of load_metric} -> dict(folders={folder: {metric: summary}},
-    differences={folder: {metric: summary}} to the first folder, not_paired={folder: why not})."""
-    first, results = next(iter(folders)), dict(folders={}, differences={}, not_paired={})
-    with tqdm(total=sum(map(len, folders.values())), desc="images", unit="image") as bar:
-        for folder, rows in folders.items():
-            values = {name: [] for name in metrics}
-            for images, part in batches(folder, rows):
-                for name, metric in metrics.items():
-                    values[name].append(scores(metric, images, [row["text"] for row in part]))
-                bar.update(len(part))
-            own = {name: summarise(name, torch.cat(values[name]), [row["prompt_id"] for row in rows]) for name in metrics}
-            results["folders"][folder], its = own, results["folders"].get(first)
-            if reason := unpaired(folders[first], rows):
-                results["not_paired"][folder] = reason
-            elif folder != first:
-                results["differences"][folder] = {m: summary({p: v - its[m]["per_prompt"][p] for p, v in own[m]["per_prompt"].items()}) for m in metrics}
+def difference(own, its):
+    """Two summaries of the same prompts -> the summary of own - its."""
+    if not own["per_prompt"] and own["mean"] is not None:
+        return dict(own, mean=own["mean"] - its["mean"])
+    return summary({p: v - its["per_prompt"][p] for p, v in own["per_prompt"].items()})
+
+
+@torch.no_grad()
+def drift(first, other, dino, device, masks=None, batch=32):
+    """(folder, rows) twice, in pairs -> dict(psnr, dino) of summaries. Under a mask both get the first folder's pixels, so that only the rest counts."""
+    values, dino_distance = [], []
+    for (a, part), (b, _) in zip(batches(*first, batch), batches(*other, batch)):
+        if a.shape != b.shape:
+            die(f"--metrics drift: the images of {first[0]} and {other[0]} differ in size, at {part[0]['file_name']}")
+        keep = torch.ones_like(a[:, :1])
+        for i, row in enumerate(part if masks else ()):
+            mask = read_image(Path(masks) / row["file_name"])[:1]
+            if mask.shape != keep[i].shape or mask.min() > .5:
+                die(f"--masks {masks}: {row['file_name']} has another size than its image, or leaves nothing of it")
+            keep[i] = mask <= .5
+        b = torch.where(keep > 0, b, a)
+        mse = (a - b).double().square().mean(1, keepdim=True).sum((1, 2, 3)) / keep.double().sum((1, 2, 3))
+        values.append(-10 * mse.clamp(min=1e-10).log10())
+        dino_distance.append(1 - (dino(a.to(device)) * dino(b.to(device))).sum(-1).cpu())
+    ids = [row["prompt_id"] for row in first[1]]
+    return {"psnr": summary(prompt_means(torch.cat(values), ids)), "dino": summary(prompt_means(torch.cat(dino_distance), ids))}
+
+
+def measure(folders, metrics, sources, device, reference=None, masks=None, batch=32):
+    """folders: {name: rows of read_folder} -> dict(folders={folder: {metric: summary}}, differences={folder: {metric: summary}} to the first folder,
+    not_paired={folder: why not}, drift={folder: {psnr, dino: summary}}); reference: the same as folders, with one."""
+    first, results = next(iter(folders)), dict(folders={}, differences={}, not_paired={}, drift={})
+    for folder, rows in folders.items():
+        results["folders"][folder] = {}
+        if reason := unpaired(folders[first], rows):
+            results["not_paired"][folder] = reason
+            if "drift" in metrics:
+                die(f"--metrics drift: {folder} does not pair with {first}: {reason}")
+    plain = [name for name in metrics if name != "drift"]
+    table = features_of(folders, dict.fromkeys(NETWORK[name] for name in plain), sources, device, batch)
+    needed = dict.fromkeys(NETWORK[name] for name in plain if name in AGAINST)
+    others = features_of(reference, needed, sources, device, batch) if needed else {}
+    for folder, rows in folders.items():
+        own = results["folders"][folder]
+        for name in plain:
+            ids, other = [row["prompt_id"] for row in rows], others[next(iter(reference)), NETWORK[name]] if name in AGAINST else None
+            own[name] = summarise(name, table[folder, NETWORK[name]], ids, other)
+        if folder != first and folder not in results["not_paired"]:
+            results["differences"][folder] = {name: difference(own[name], results["folders"][first][name]) for name in plain}
+    if "drift" in metrics:
+        dino = load_network("dino", sources["dino"], device)
+        for folder in tqdm(list(folders)[1:], desc="drift", unit="folder"):
+            results["drift"][folder] = drift((first, folders[first]), (folder, folders[folder]), dino, device, masks, batch)
     return results
 
 
-def main(args):
-    device, folders = pick_device(args.device), {folder: read_folder(folder) for folder in args.folders}
-    try:
-        for text in {row["text"] for rows in folders.values() for row in rows} if "toy_correct" in args.metrics else ():
-            parse_caption(text)
-    except ValueError as e:
-        die(f"--metrics toy_correct: {e}")
-    try:
-        firsts = [read_image(Path(folder) / rows[0]["file_name"]) for folder, rows in folders.items()]
-        dino = args.dino or ("toy" if all(image.shape[1:] == (TOY_SIZE, TOY_SIZE) for image in firsts) else "facebook/dino-vits16")
-        results = measure(folders, {name: load_metric(name, device, dino) for name in args.metrics})
-    except (OSError, FloatingPointError) as e:                            # an image, a metric: the message names it
-        die(e)
-    report(results, folders, dino)
-    if args.out:
-        tmp = Path(args.out + ".tmp")
-        tmp.write_text(json.dumps(dict(dino=dino if "dino_div" in args.metrics else None, first=args.folders[0], **results), indent=1) + "\n")
-        tmp.replace(args.out)
+# ------------------------------------------------------------------------------------------------------------------------------------
+# a run's snapshots, tables, plots
 
 
-def report(results, folders, dino):
+@torch.no_grad()
+def sample_snapshots(run, prompts, num_images, device, seed=0):
+    """Samples the base model (step 0) and every snapshot of a run with the same noise, as its sampler block says -> {folder: step}.
+
+    RUN/over_steps/step_000200 and so on; what was sampled from the same weights, prompts and settings is not sampled again.
+    """
+    run = Path(run)
+    try:
+        config = json.loads((run / "config.json").read_text())
+        sampler, name, rank, resolution = (config[k] for k in ("sampler", "model", "lora_rank", "resolution"))
+    except (OSError, ValueError, KeyError, TypeError):
+        die(f"--over_steps {run}: no run folder, or its config.json is not a run's")
+    snapshots = {int(p.name[5:]): p for p in (run / ("lora" if rank else "model")).glob("step_*") if p.name[5:].isdigit()}
+    if not snapshots:
+        die(f"--over_steps {run}: no snapshots in it; the training scripts make them every --save_every updates")
+    prompts = read_prompts(prompts or config.get("test_prompts") or die(f"--over_steps {run}: its config.json names no test prompts; give --prompts FILE"))
+    model, folders = None, {}
+    for step, weights in sorted({0: None, **snapshots}.items()):
+        out = run / "over_steps" / f"step_{step:06d}"
+        folders[str(out)] = step
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(weights.rglob("*.safetensors"))] if weights else []
+        settings = json.dumps(dict(sampler=sampler, model=name, resolution=resolution, prompts=prompts, num_images=num_images, seed=seed, weights=files))
+        if (out / "settings.json").is_file() and (out / "settings.json").read_text() == settings:
+            continue
+        if model is None:
+            model = load_model(name, device, resolution)
+            encode_prompts(model, prompts)
+        if weights and rank:
+            load_lora(model, weights) if hasattr(model.denoiser, "peft_config") else trainable(model, rank, init_lora=weights)
+        elif weights:
+            model.denoiser.load_state_dict(load_complete(type(model.denoiser), weights / "unet").state_dict())
+        tmp, rows = out.with_name(out.name + ".tmp"), []
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        with merged(model), tqdm(total=len(prompts) * num_images, desc=f"sampling {out.name}", unit="image") as bar:
+            for images in generate_batches(model, prompts, seed, sampler, num_images):
+                for image in images:
+                    i, k = divmod(len(rows), num_images)
+                    rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompts[i], prompt_id=i, seed=seed))
+                    to_pil(image).save(tmp / rows[-1]["file_name"])
+                bar.update(len(images))
+        (tmp / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        (tmp / "settings.json").write_text(settings)
+        shutil.rmtree(out, ignore_errors=True)
+        tmp.replace(out)
+    return folders
+
+
+def report(results, folders, sources, reference=None):
     """The aligned table: mean [95 % interval over prompts], then the paired differences to the first folder, then what must be said."""
     first = next(iter(folders))
     metrics = list(results["folders"][first])
 
     def table(title, part):
-        rows = [[title, "images", "prompts", *metrics]]
+        rows = [[title, "images", "prompts", *next(iter(part.values()))]]
         for folder, own in part.items():
-            cells = ["-" if s["mean"] is None else f"{s['mean']:.4f} [{s['low']:.4f}, {s['high']:.4f}]" for s in own.values()]
+            cells = ["-" if s["mean"] is None else f"{s['mean']:.4f}" + ("" if s["low"] is None else f" [{s['low']:.4f}, {s['high']:.4f}]") for s in own.values()]
             rows.append([folder, str(len(folders[folder])), str(len({row["prompt_id"] for row in folders[folder]})), *cells])
         widths = [max(map(len, column)) for column in zip(*rows)]
         print(*("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows), "", sep="\n")
 
-    table("folder", results["folders"])
-    if results["differences"]:
-        table(f"minus {first}", results["differences"])
+    for title, part in (("folder", "folders"), (f"minus {first}", "differences"), (f"drift from {first}", "drift")):
+        if results[part] and (metrics or part == "drift"):
+            table(title, results[part])
     for folder, own in results["folders"].items():
         if folder in results["not_paired"] and len(folders) > 1:
             print(f"{folder}: no paired differences to {first}: {results['not_paired'][folder]}")
@@ -280,8 +572,78 @@ def report(results, folders, dino):
             print(f"{folder}: {left_out} of {left_out + own['dino_div']['prompts']} prompts have one image, and are left out of dino_div")
         if "toy_correct" in own:
             print(f"{folder}: the oracle abstained on {own['toy_correct']['abstained']:.1%} of the images: counted as not correct")
-    if "dino_div" in metrics:
-        print(f"dino_div: features of {dino}")
+    for folder, rows in {**folders, **(reference or {})}.items():
+        if "fid" in metrics and len(rows) <= 2048:
+            print(f"{folder}: fid of {len(rows)} images: more than 2,048 are needed for a covariance of full rank; compare it with nothing")
+    if sources["dino"]:
+        print(f"DINO features: {sources['dino']}")
+    if sources["detector"]:
+        print(f"detector: {sources['detector']}")
+
+
+def plot(results, path, steps=None):
+    """Quality (a panel each) against the first diversity metric, a point a folder, intervals as bars; with {folder: step} every metric over steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    own = results["folders"]
+    metrics = list(next(iter(own.values())))
+    x_name = next((m for m in metrics if m in ("dino_div", *AGAINST)), None)
+    panels = metrics if steps else [m for m in metrics if m in (*QUALITY, *ARTIFACTS)]
+    names = {folder: Path(folder).name for folder in own}
+    names = names if len(set(names.values())) == len(own) else {folder: folder for folder in own}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), constrained_layout=True, squeeze=False)
+
+    def points(metric):                                                   # folders without a value (one-image prompts) are left out
+        return {f: (s["mean"], s["mean"] - (s["mean"] if s["low"] is None else s["low"]), (s["mean"] if s["high"] is None else s["high"]) - s["mean"])
+                for f, s in ((f, values[metric]) for f, values in own.items()) if s["mean"] is not None}
+    for axis, metric in zip(axes[0], panels):
+        y, x = points(metric), {f: (s, 0, 0) for f, s in steps.items()} if steps else points(x_name)
+        both = [f for f in y if f in x]
+        axis.errorbar([x[f][0] for f in both], [y[f][0] for f in both], xerr=list(zip(*(x[f][1:] for f in both))) or None,
+                      yerr=list(zip(*(y[f][1:] for f in both))) or None, fmt="o-" if steps else "o", capsize=3)
+        for f in both if not steps else ():
+            axis.annotate(names[f], (x[f][0], y[f][0]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        axis.set(xlabel="updates" if steps else x_name, ylabel=metric)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args):
+    device = pick_device(args.device)
+    steps = sample_snapshots(args.over_steps, args.prompts, args.num_images, device) if args.over_steps else None
+    folders = {folder: read_folder(folder) for folder in steps or args.folders}
+    reference = {args.reference: read_folder(args.reference)} if args.reference else {}
+    try:
+        for text in {row["text"] for rows in folders.values() for row in rows} if "toy_correct" in args.metrics else ():
+            parse_caption(text)
+    except ValueError as e:
+        die(f"--metrics toy_correct: {e}")
+    networks = {NETWORK[name] for name in args.metrics}
+    try:
+        firsts = [read_image(Path(folder) / rows[0]["file_name"]) for folder, rows in {**folders, **reference}.items()]
+        toy = all(image.shape[1:] == (TOY_SIZE, TOY_SIZE) for image in firsts)
+        dino, detector = args.dino or ("toy" if toy else "facebook/dino-vits16"), args.detector or ("toy" if toy else None)
+        if "detector" in networks and not detector:
+            die("--detector DIR is needed: toy/detector knows the toy world's images only")
+        if "frechet_toy" in args.metrics and dino != "toy":
+            die(f"--metrics frechet_toy is of toy/dino's features, not of {dino}; it is for the toy world's images, or say --dino toy")
+        if few := next((f for f, rows in {**folders, **reference}.items() if len(rows) < 2 and {*AGAINST} & {*args.metrics}), None):
+            die(f"{few}: one image has no covariance, {', '.join(m for m in AGAINST if m in args.metrics)} cannot be measured")
+        sources = {NETWORK[name]: path for name, path in args.metrics.items()} | {name: str(TOY / name.removeprefix("toy_")) for name in (
+            "toy_pref", "toy_pref_b", "toy_clip") if not args.metrics.get(name)}
+        sources |= {"dino": str(TOY / "dino") if dino == "toy" else dino, "detector": str(TOY / "detector") if detector == "toy" else detector}
+        results = measure(folders, args.metrics, sources, device, reference, args.masks, args.batch_size)
+    except (OSError, FloatingPointError) as e:                            # an image, a metric: the message names it
+        die(e)
+    said = {name: shown if name in networks else None for name, shown in (("dino", dino), ("detector", detector))}
+    report(results, folders, said, reference)
+    if args.plot:
+        plot(results, args.plot, steps)
+    if args.out:
+        tmp = Path(args.out + ".tmp")
+        tmp.write_text(json.dumps(dict(said, first=next(iter(folders)), reference=args.reference, steps=steps, **results), indent=1) + "\n")
+        tmp.replace(args.out)
 
 
 if __name__ == "__main__":
