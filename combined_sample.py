@@ -36,8 +36,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (MODELS, TOY, Parser, base_model, condition, decode, denoise, die, encode_prompts, generator, initial_latents, load_model,
-                    make_scheduler, merged, pick_device, read_lora, read_prompts, release_text_encoders, row_of, save_grid, step_options, to_pil,
+from common import (MODELS, TOY, Parser, base_model, condition, decode, denoise, die, encode_once, generator, initial_latents, load_model,
+                    make_scheduler, merged, pick_device, read_lora, read_prompts, row_of, save_grid, step_options, to_pil,
                     trainable)
 
 BASE = {  # guidance: the default of diffusers' pipeline; the scheduler and its 40 steps: ImageReFL, section 5
@@ -193,8 +193,7 @@ def main(args):
         load_full(model, full)
     elif args.mode != "base":
         trainable(model, rank, init_lora=args.lora)
-    encode_prompts(model, prompts)
-    release_text_encoders(model)
+    encode_once(model, prompts)
     for n in args.base_steps or [None]:
         sample_folder(model, prompts, args, Path(args.out) / (f"base_steps_{n}" if len(args.base_steps or []) > 1 else ""), n)
 

@@ -31,6 +31,8 @@ from safetensors.torch import load_file
 from transformers import (AutoTokenizer, BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPImageProcessor,
                           CLIPModel)
 
+from prompts import coco
+
 ROOT = Path(__file__).resolve().parent
 diffusers.logging.disable_progress_bar()                                  # theirs show loading; ours show training
 transformers.logging.disable_progress_bar()
@@ -68,6 +70,7 @@ MODELS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+MAX_EMBEDS = 10_000                                                       # prompts whose embeddings are kept
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]                            # the attention projections, in every script
 
 
@@ -189,8 +192,12 @@ def encode_prompts(model, prompts, batch=64):
         model.embeds[None] = tuple(x[0].cpu() for x in negative)
 
 
-def release_text_encoders(model):
-    """Every prompt of the run is encoded: give the memory back."""
+def encode_once(model, prompts):
+    """Encodes all prompts of a run and gives the text encoders' memory back. More than 10,000 would take too much themselves (.1 to .3 MB each):
+    then the encoders stay, and `condition` encodes each batch as it comes."""
+    if len(set(prompts)) > MAX_EMBEDS:
+        return
+    encode_prompts(model, prompts)
     model.pipe.register_modules(**{k: None for k in ("text_encoder", "text_encoder_2") if hasattr(model.pipe, k)})
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -198,9 +205,10 @@ def release_text_encoders(model):
 
 def condition(model, prompts):
     """Prompts (None: unconditional) -> the denoiser's keyword arguments: (B, S, D) states; for SDXL also pooled states and sizes."""
-    missing = [p for p in prompts if p not in model.embeds]
-    if missing:
-        encode_prompts(model, missing)
+    if any(p not in model.embeds for p in prompts):
+        if len(model.embeds) > MAX_EMBEDS:
+            model.embeds.clear()
+        encode_prompts(model, prompts)
     stacked = [torch.stack(x).to(model.device) for x in zip(*(model.embeds[p] for p in prompts))]
     cond = {"encoder_hidden_states": stacked[0]}
     if len(stacked) > 1:                                                  # original size, crop's corner, target size: (B, 6)
@@ -465,7 +473,7 @@ class PickScore:
 
 
 class ClipScore:
-    """cos(image, text) of an open_clip model: CLIPScore (Hessel et al. 2021); with pad and its own weights HPSv2 (Wu et al. 2023).
+    """cos(image, text) of an open_clip model: CLIPScore (Hessel et al. 2021); with its own weights and pad HPSv2 (Wu et al. 2023).
 
     name, tag: architecture and weights as open_clip calls them; path: a file of weights instead of the tag's. An open_clip_config.json beside
     it gives the architecture (open_clip's own hub layout). Called as PickScore is.
@@ -474,21 +482,18 @@ class ClipScore:
     def __init__(self, name, device, tag=None, path=None, pad=False):
         import open_clip                                                  # a second, that only its users spend
 
-        if path and Path(path).with_name("open_clip_config.json").is_file():
+        path = path or open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+        if Path(path).with_name("open_clip_config.json").is_file():
             name = f"local-dir:{Path(path).parent}"
-        self.dtype, self.device, self.pad, self.texts = torch.bfloat16 if device.type == "cuda" else torch.float32, device, pad, {}
-        precision = {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
-        self.clip = open_clip.create_model(name, tag, load_weights=not path, require_pretrained=not path, precision=precision, device=device)
-        if path:
-            self.clip.load_state_dict(read_weights(path))
-        self.clip.eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(name)
-        config = self.clip.visual.preprocess_cfg
-        self.size, self.mean, self.std = self.clip.visual.image_size[0], config["mean"], config["std"]
+        self.clip, self.tokenizer = open_clip.CLIP(**open_clip.get_model_config(name)), open_clip.get_tokenizer(name)
+        self.clip.load_state_dict(read_weights(path))
+        self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.clip.to(device, self.dtype).eval().requires_grad_(False)
+        self.pad, self.texts = pad, {}
 
     def __call__(self, images, prompts):
         text = torch.stack([self.text(p) for p in prompts])
-        pixels = resize_and_normalise(images, self.size, self.mean, self.std, self.pad).to(self.dtype)
+        pixels = resize_and_normalise(images, self.clip.visual.image_size[0], CLIP_MEAN, CLIP_STD, self.pad).to(self.dtype)
         return (F.normalize(self.clip.encode_image(pixels).float(), dim=-1) * text).sum(-1)
 
     @torch.no_grad()
@@ -607,7 +612,7 @@ def load_reward(spec, device):
         return REWARDS[name].build(path, device), REWARDS[name]
     except pickle.UnpicklingError:
         die(f"--reward {spec}: its file is no checkpoint of plain tensors; one that carries code is never opened")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
         die(f"--reward {spec}: cannot load its weights: {textwrap.shorten(f'{type(e).__name__}: {e}', 400)}")
 
 
@@ -648,8 +653,9 @@ class Parser(argparse.ArgumentParser):
         toy = args.model == "toy"
         args.reward = args.reward or ("toy_pref" if toy else die(f"--reward is needed with --model {args.model}; known: {', '.join(REWARDS)}"))
         split_reward(args.reward)
-        args.prompts = args.prompts or (str(TOY / "prompts_train.txt") if toy else die(f"--prompts FILE is needed with --model {args.model}"))
-        args.test_prompts = args.test_prompts or (str(TOY / "prompts_test.txt") if toy else None)
+        for name, default in dict(prompts=TOY / "prompts_train.txt", test_prompts=TOY / "prompts_test.txt", data=TOY / "images").items():
+            if toy and getattr(args, name, "") is None:
+                setattr(args, name, str(default))
         args.out = args.out or str(Path("runs") / re.sub(r"[^\w.-]+", "_", f"{script}-{args.model}-{args.reward}"))
         for name in ("train_steps", "batch_size", "micro_batch", "num_inference_steps", "save_every"):
             if getattr(args, name) < 1:
@@ -671,12 +677,14 @@ def print_settings(args, paper, params):
     print(f"  training {sum(p.numel() for p in params):,} parameters" + ("" if paper else "; the paper has no row for this model: all values are ours"))
 
 
-def read_prompts(path):
-    """A text file, one prompt per line; empty lines are skipped."""
+def read_prompts(path, split="train"):
+    """A text file, one prompt per line, empty lines skipped; without a file, the captions of a split of COCO (prompts/coco.py)."""
     try:
+        if path is None:
+            return coco.captions(split)
         prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
-        die(f"prompts file {path}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}")
+        die(f"prompts file {path}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}" if path else f"COCO captions: {e}")
     prompts = [p for p in prompts if p]
     return prompts or die(f"prompts file {path}: no prompt in it; one per line is expected")
 
@@ -715,9 +723,8 @@ def generate(*args, **kwargs):
     return torch.cat(list(generate_batches(*args, **kwargs)))
 
 
-def held_out(run, reward, prompts, sampler, step, prompts_used=16, num_images=2):
+def held_out(run, reward, prompts, sampler, step, num_images=2):
     """Mean reward of held-out prompts at fixed seeds; their pictures go to samples/, a row a prompt pair, so that one can flip through them."""
-    prompts = prompts[:prompts_used]
     images = generate(run.model, prompts, run.args.seed, sampler, num_images, purpose="held-out")
     save_grid(images, run.dir / "samples" / f"step_{step:06d}.png", columns=8)
     with torch.no_grad():

@@ -38,11 +38,11 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, ViTModel
+from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPConfig, CLIPModel, ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import (ROOT, TOY, Parser, PickScore, base_model, die, encode_prompts, fetch, generate_batches, generator, load_lora, load_model,
-                    load_reward, merged, nearest, pick_device, read_prompts, resize_and_normalise, to_pil, trainable)
+from common import (CLIP_MEAN, CLIP_STD, ROOT, TOY, Parser, PickScore, die, encode_prompts, fetch, generate_batches, generator, load_lora, load_model,
+                    load_reward, merged, nearest, pick_device, published, read_prompts, resize_and_normalise, to_pil, trainable)
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
@@ -51,7 +51,7 @@ QUALITY = ("hps", "pick", "imagereward", "imagereward_raw", "mps", "clip", "clip
 ARTIFACTS, AGAINST = ("artifact_mean", "artifact_max"), ("fid", "frechet_toy", "cov_dist", "log_cov_dist")
 METRICS = (*QUALITY, "dino_div", *ARTIFACTS, *AGAINST, "drift")
 NETWORK = {name: "dino" for name in METRICS} | {name: name for name in QUALITY} | {name: "detector" for name in ARTIFACTS} | {"fid": "inception"}
-VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"                           # MPS is built on it: its config, tokenizer and preprocessor
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"                           # MPS is built on it: its tokenizer
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -170,7 +170,7 @@ def unpaired(first, rows):
 
 def load_complete(cls, source, **kwargs):
     """from_pretrained in fp32, frozen, in eval mode; missing weights are an error, where transformers would go on with random ones."""
-    repo, _, revision = str(source).partition("@")
+    repo, _, revision = (source, "", "") if source is None or os.path.isdir(source) else source.partition("@")
     transformers_logging.set_verbosity_error()                            # its report of keys: we say what matters ourselves
     net, info = cls.from_pretrained(repo, revision=revision or "main", dtype=torch.float32, use_safetensors=True, output_loading_info=True, **kwargs)
     if lost := sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}):
@@ -235,21 +235,20 @@ class MPS:
 
     x_0 (B, 257, D): image tokens; in each of 4 layers they attend to the text tokens (B, 77, D) that have to do with the condition, then to each
     other with rotary positions; 16 heads of 64 share one key and value (multi-query), a SwiGLU runs beside each attention, nothing has a bias.
-    source: model.safetensors as RE-N-Y/mpsv1 has it (the authors' own file is a pickle); clip: ViT-H's config, tokenizer and preprocessor.
+    path: model.safetensors as RE-N-Y/mpsv1 has it (the authors' own file is a pickle); a tokenizer beside it is used instead of the hub's.
     """
     CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
                  "attributes, position, number, location, word, things.")
     CROSS, SELF = ("norm", "to_q", "to_kv", "to_out", "ff.0", "ff.2"), ("norm", "fused_attn_ff_proj", "attn_out", "ff_out.1")
 
-    def __init__(self, source, clip, device):
-        state = load_file(source)
-        own = {k.removeprefix("mps.model."): v for k, v in state.items() if k.startswith("mps.model.")}
-        self.clip = load_complete(CLIPModel, None, config=CLIPConfig.from_pretrained(clip), state_dict=own).to(device)
-        layers = {k.removeprefix("mps.cross_model.layers."): v.float().to(device) for k, v in state.items() if k.startswith("mps.cross_model.layers.")}
-        self.layers = [tuple([layers[f"{i}.{j}.fn.{name}.weight"] for name in names] for j, names in enumerate((self.CROSS, self.SELF)))
+    def __init__(self, path, device):
+        state, folder = load_file(path), Path(path).parent
+        own, layers = ({k.removeprefix(start): v.float() for k, v in state.items() if k.startswith(start)} for start in ("mps.model.", "mps.cross_model.layers."))
+        self.clip = load_complete(CLIPModel, None, config=clip_config(own), state_dict=own).to(device)
+        self.layers = [[[layers[f"{i}.{j}.fn.{name}.weight"].to(device) for name in names] for j, names in enumerate((self.CROSS, self.SELF))]
                        for i in range(len({k.split(".")[0] for k in layers}))]
-        self.tokenizer, image = AutoTokenizer.from_pretrained(clip), CLIPImageProcessor.from_pretrained(clip)
-        self.size, self.mean, self.std = image.size.get("shortest_edge", image.size.get("height")), image.image_mean, image.image_std
+        self.tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer_config.json").is_file() else VIT_H)
+        self.size = self.clip.config.vision_config.image_size
         self.condition = self.text([self.CONDITION])[0][0]                # (77, D)
 
     @torch.no_grad()
@@ -257,15 +256,15 @@ class MPS:
         """-> tokens (B, 77, D), end-of-text features (B, D)."""
         length = self.clip.config.text_config.max_position_embeddings
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        out = self.clip.text_model(ids.to(self.clip.device))              # without its attention mask: padding is read as well
-        return self.clip.text_projection(out.last_hidden_state), self.clip.text_projection(out.pooler_output)
+        tokens = self.clip.text_projection(self.clip.text_model(ids.to(self.clip.device)).last_hidden_state)      # padding is read as well
+        return tokens, tokens[torch.arange(len(ids)), ids.argmax(-1)]     # the end of the text has the highest id of all tokens
 
     def __call__(self, images, prompts):
         unique = list(dict.fromkeys(prompts))
         text, end = (x[[unique.index(p) for p in prompts]] for x in self.text(unique))
         related = (text @ self.condition.T).amax(-1)                      # (B, 77): each token's closeness to the condition
         mask = (related / related.amax(1, keepdim=True) > .01)[:, None, None]
-        x = self.clip.vision_model(resize_and_normalise(images, self.size, self.mean, self.std)).last_hidden_state
+        x = self.clip.vision_model(resize_and_normalise(images, self.size, CLIP_MEAN, CLIP_STD)).last_hidden_state
         x = self.clip.visual_projection(x)                                # (B, 257, D), before the post-layernorm
         for (norm, to_q, to_kv, to_out, up, down), (self_norm, fused, attn_out, ff_out) in self.layers:
             h, head = F.layer_norm(x, norm.shape, norm), len(to_kv) // 2
@@ -273,6 +272,19 @@ class MPS:
             q, k, v, ff = (F.layer_norm(x, self_norm.shape, self_norm) @ fused.T).split([len(to_q), head, head, 2 * ff_out.shape[1]], -1)
             x = x + attend(rotate(q, head), rotate(k, head), v) @ attn_out.T + swiglu(ff) @ ff_out.T
         return self.clip.logit_scale.exp() * F.cosine_similarity(end, x[:, 0], dim=-1)
+
+
+def clip_config(state):
+    """A transformers CLIPModel's {name: tensor} -> its CLIPConfig by the tensors' sizes. Heads are 64 (text) and 80 (vision) wide, as in ViT-H."""
+    def tower(name, head):
+        width, inner = state[f"{name}_model.encoder.layers.0.mlp.fc2.weight"].shape
+        layers = sum(k.startswith(f"{name}_model.") and k.endswith("mlp.fc1.weight") for k in state)
+        return dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=width // head, hidden_act="gelu")
+    projection, patch = len(state["text_projection.weight"]), state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    grid = round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** .5)
+    words, length = (len(state[f"text_model.embeddings.{k}_embedding.weight"]) for k in ("token", "position"))
+    return CLIPConfig(projection_dim=projection, vision_config=dict(tower("vision", 80), image_size=grid * patch, patch_size=patch),
+                      text_config=dict(tower("text", 64), vocab_size=words, max_position_embeddings=length))
 
 
 def attend(q, k, v, mask=None):
@@ -308,9 +320,7 @@ def load_network(name, source, device):
         die(f"--metrics {name}: its weights are missing, no {Path(source) / 'model.safetensors'}; `python toy/make.py` makes them")
     try:
         if name == "mps":
-            folder = source if source and os.path.isdir(source) else "RE-N-Y/mpsv1"
-            weights = source if source and os.path.isfile(source) else fetch(folder, "model.safetensors")
-            return MPS(weights, folder if os.path.isfile(os.path.join(folder, "preprocessor_config.json")) else VIT_H, device)
+            return MPS(published(source, "model.safetensors", "RE-N-Y/mpsv1"), device)
         if name == "imagereward_raw":
             reward = load_reward("imagereward" + (f":{source}" if source else ""), device)[0]
             reward.raw = True
@@ -517,7 +527,7 @@ def sample_snapshots(run, prompts, num_images, device, seed=0):
     if not snapshots:
         die(f"--over_steps {run}: no snapshots in it; the training scripts make them every --save_every updates")
     prompts = read_prompts(prompts or config.get("test_prompts") or die(f"--over_steps {run}: its config.json names no test prompts; give --prompts FILE"))
-    model, folders = None, {}
+    model, adapted, folders = None, False, {}
     for step, weights in sorted({0: None, **snapshots}.items()):
         out = run / "over_steps" / f"step_{step:06d}"
         folders[str(out)] = step
@@ -528,10 +538,13 @@ def sample_snapshots(run, prompts, num_images, device, seed=0):
         if model is None:
             model = load_model(name, device, resolution)
             encode_prompts(model, prompts)
-        if weights and rank:
-            load_lora(model, weights) if hasattr(model.denoiser, "peft_config") else trainable(model, rank, init_lora=weights)
+        if weights and adapted:
+            load_lora(model, weights)
+        elif weights and rank:
+            adapted = bool(trainable(model, rank, init_lora=weights))
         elif weights:
-            model.denoiser.load_state_dict(load_complete(type(model.denoiser), weights / "unet").state_dict())
+            unet = type(model.denoiser).from_pretrained(weights / "unet", torch_dtype=model.dtype, use_safetensors=True)
+            model.denoiser.load_state_dict(unet.state_dict())
         tmp, rows = out.with_name(out.name + ".tmp"), []
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)

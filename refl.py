@@ -26,9 +26,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import (MODELS, REWARDS, Parser, Run, condition, decode, denoise, die, encode_prompts, generator, held_out, initial_latents, load_model,
-                    load_reward, make_scheduler, merged, pick_device, predict_x0, print_settings, read_prompts, release_text_encoders, row_of,
-                    sample, trainable)
+from common import (MODELS, REWARDS, Parser, Run, condition, decode, denoise, encode_once, generator, held_out, initial_latents, load_model,
+                    load_reward, make_scheduler, merged, pick_device, predict_x0, print_settings, read_prompts, row_of, sample, trainable)
 
 PAPER = {  # ImageReFL, section 5 and its code; a release's "epoch" is 100 updates, ReFL runs 20
     "sd15": dict(train_steps=2000, batch_size=32, lr=3e-4, num_inference_steps=40, first_mid=30, last_mid=39, reward_scale=1e-3, lora_rank=0, resolution=512),
@@ -49,8 +48,8 @@ def parse_args(argv=None):
     row = parser.settings(argv, OURS)
     parser.add_argument("--reward", help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH (toy_pref on toy)")
     parser.add_argument("--loss", choices=("linear", "hinge"), default="linear", help="-r' or ImageReward's relu(2 - r)")
-    parser.add_argument("--prompts", help="text file, a prompt per line (toy/prompts_train.txt on toy)")
-    parser.add_argument("--test_prompts", help="held-out prompts (toy/prompts_test.txt on toy; else the last 32 of --prompts)")
+    parser.add_argument("--prompts", help="text file, a prompt per line (toy/prompts_train.txt on toy; else captions of COCO's training set, fetched once)")
+    parser.add_argument("--test_prompts", help="held-out prompts, the first 16 (toy/prompts_test.txt on toy; else captions of COCO's validation set)")
     parser.add_argument("--train_steps", type=int, default=row["train_steps"], help="optimizer updates")
     parser.add_argument("--batch_size", type=int, default=row["batch_size"], help="images per update")
     parser.add_argument("--micro_batch", type=int, default=8, help="images per gradient pass; the prefix runs on the whole batch")
@@ -97,11 +96,8 @@ def main(args):
     model = load_model(args.model, device, args.resolution, full=args.lora_rank == 0)
     args.resolution = model.resolution
     reward, row = load_reward(args.reward, device)
-    train_prompts, test_prompts = read_prompts(args.prompts), read_prompts(args.test_prompts) if args.test_prompts else None
-    if test_prompts is None:
-        train_prompts, test_prompts = train_prompts[:-32] or die("--prompts: more than 32 prompts, or --test_prompts"), train_prompts[-32:]
-    encode_prompts(model, train_prompts + test_prompts)
-    release_text_encoders(model)
+    train_prompts, test_prompts = read_prompts(args.prompts), read_prompts(args.test_prompts, "val")[:16]
+    encode_once(model, train_prompts + test_prompts)
 
     params = trainable(model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora)
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-15, weight_decay=1e-2, fused=True)     # eps: difference 2

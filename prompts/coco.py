@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 BASE = "http://images.cocodataset.org"                                    # plain http: its https certificate is another host's
@@ -191,6 +191,10 @@ class Coco(Dataset):
         self.cache, self.base = places(cache, base)
         self.items = [(image_id, w, h, pick(texts, seed, image_id)) for image_id, w, h, texts in annotations(split, self.cache, self.base)]
 
+    @property
+    def captions(self):
+        return [text for *_, text in self.items]
+
     def __len__(self):
         return len(self.items)
 
@@ -220,6 +224,68 @@ class Coco(Dataset):
         image = download(f"{self.base}/{name}", sink, check)
         write(path, sink.getvalue())
         return image
+
+
+class ImageFolder(Dataset):
+    """Images with captions in metadata.jsonl ({"file_name", "text"} a line): item i is (image (3, resolution, resolution) in [0, 1], caption).
+
+    The whole list is checked at once, each image's pixels when it is read; both are an OSError that names what is wrong.
+    """
+
+    def __init__(self, folder, resolution):
+        self.resolution, self.items, root, path = resolution, [], Path(folder).resolve(), Path(folder) / "metadata.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")          # not splitlines: a caption may hold U+2028
+        except (OSError, UnicodeDecodeError) as e:
+            raise OSError(f"{path}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}; a folder of images with metadata.jsonl is expected") from e
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                file, text = root / row["file_name"], row["text"]
+            except (ValueError, KeyError, TypeError) as e:
+                raise OSError(f'{path} line {number}: {{"file_name": "...", "text": "..."}} is expected') from e
+            if not isinstance(text, str):
+                raise OSError(f"{path} line {number}: its text is no string")
+            if not file.resolve().is_relative_to(root):
+                raise OSError(f"{path} line {number}: {row['file_name']} is outside the folder")
+            if not file.is_file():
+                raise OSError(f"{path} line {number}: {row['file_name']} is missing")
+            self.items.append((file, text))
+        if not self.items:
+            raise OSError(f"{path}: no image in it")
+
+    @property
+    def captions(self):
+        return [text for _, text in self.items]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        file, text = self.items[i]
+        try:
+            with Image.open(file) as image:
+                return to_tensor(square(ImageOps.exif_transpose(image), self.resolution)), text
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            raise OSError(f"{file}: not a readable image") from e
+
+
+def image_data(folder, resolution):
+    """The training images of a script: an ImageFolder, or COCO's training set without a folder. Bad data: one line, exit status 2."""
+    try:
+        return ImageFolder(folder, resolution) if folder else Coco("train", resolution)
+    except OSError as e:
+        die(e)
+
+
+def image_batches(data, indices, workers=0):
+    """Yields (images (B, 3, H, W) in [0, 1], captions) for each list of indices; the workers read ahead. Bad data: one line, exit status 2."""
+    try:
+        yield from DataLoader(data, batch_sampler=indices, num_workers=workers)
+    except OSError as e:
+        die(str(e).rpartition("OSError: ")[2])                            # from a worker it comes wrapped in that worker's traceback
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------

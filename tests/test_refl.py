@@ -350,7 +350,6 @@ def test_bad_values(capsys, tmp_path, folders, a_run, monkeypatch):
         (["--test_prompts", "nowhere.txt"], ["nowhere.txt"]),
         (["--model", folders["sd"]], ["--reward"]),
         (["--model", folders["sd"], "--reward", "toy_pref"], ["--prompts"]),
-        (["--model", folders["sd"], "--reward", "toy_pref", "--prompts", folders["prompts"]], ["more than 32", "--test_prompts"]),
         (["--first_mid", "9", "--last_mid", "8"], ["first_mid <= last_mid"]),
         (["--last_mid", "20"], ["num_inference_steps = 20"]),
         (["--first_mid", "-1"], ["first_mid"]),
