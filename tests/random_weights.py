@@ -210,8 +210,8 @@ def write_mps(name, folder, full, seed):
 
 def imagereward_shapes(full, vocab_size):
     """{name: shape} of ImageReward.pt, in BLIP's own names; vocab_size: BERT's words, [DEC] and [ENC]."""
-    w, inner, blocks, patch, tokens = (1024, 4096, 24, 16, 197) if full else (128, 256, 2, 16, 5)
-    h, h_inner, layers = (768, 3072, 12) if full else (64, 128, 2)
+    w, inner, blocks, patch, tokens = (1024, 4096, 24, 16, 197) if full else (192, 256, 2, 16, 5)
+    h, h_inner, layers = (768, 3072, 12) if full else (128, 192, 3)
     linear = lambda name, *shape: {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     v, t = "blip.visual_encoder.", "blip.text_encoder."
     shapes = {v + "cls_token": (1, 1, w), v + "pos_embed": (1, tokens, w), **linear(v + "patch_embed.proj", w, 3, patch, patch), **linear(v + "norm", w)}
