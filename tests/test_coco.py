@@ -230,8 +230,10 @@ def test_loader_workers(server, tmp_path):
 def test_loader_error_names_the_address(server, tmp_path):
     data = load(server, tmp_path)
     del server.files[image_path(30)]
+    loader = iter(DataLoader(data, batch_size=3, num_workers=2))
     with pytest.raises(OSError) as e:
-        list(DataLoader(data, batch_size=3, num_workers=2))
+        list(loader)
+    loader._shutdown_workers()                                            # left to the garbage collector, torch waits 5 s a worker
     assert str(e.value).rpartition("OSError: ")[2].strip() == f"{server.base}{image_path(30)}: HTTP 404 Not Found; gave up after 3 tries"
 
 
