@@ -464,12 +464,12 @@ def drift(first, other, dino, device, masks=None, batch=32):
     values, dino_distance = [], []
     for (a, part), (b, _) in zip(batches(*first, batch), batches(*other, batch)):
         if a.shape != b.shape:
-            die(f"--metrics drift: the images of {first[0]} and {other[0]} differ in size, at {part[0]['file_name']}")
+            raise OSError(f"--metrics drift: the images of {first[0]} and {other[0]} differ in size, in the batch from {part[0]['file_name']} on")
         keep = torch.ones_like(a[:, :1])
         for i, row in enumerate(part if masks else ()):
             mask = read_image(Path(masks) / row["file_name"])[:1]
             if mask.shape != keep[i].shape or mask.min() > .5:
-                die(f"--masks {masks}: {row['file_name']} has another size than its image, or leaves nothing of it")
+                raise OSError(f"--masks {masks}: {row['file_name']} has another size than its image, or leaves nothing of it")
             keep[i] = mask <= .5
         b = torch.where(keep > 0, b, a)
         mse = (a - b).double().square().mean(1, keepdim=True).sum((1, 2, 3)) / keep.double().sum((1, 2, 3))
