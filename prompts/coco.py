@@ -23,6 +23,7 @@ import http.client
 import io
 import json
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -294,7 +295,7 @@ def image_batches(data, indices, workers=0):
 
 def die(message):
     """Bad input: one line on stderr, exit status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)               # clears a progress bar first
     raise SystemExit(2)
 
 
@@ -320,13 +321,19 @@ def parse_args(argv=None):
     return args
 
 
+OWN = re.compile(r"metadata\.jsonl|\d+\.png")                              # what this command writes, and
+LEFT = re.compile(r"\.(metadata\.jsonl|\d+\.png)\.[0-9a-f]{32}\.tmp")       # what a killed one leaves behind
+
+
 def prepare(out):
-    """Refuses a folder that holds anything but what this command writes."""
-    for path in out.iterdir() if out.exists() else ():
-        if path.suffix == ".tmp":
-            path.unlink()                                                 # of a run that was killed
-        elif path.name != "metadata.jsonl" and not (path.suffix == ".png" and path.stem.isdigit()):
+    """Refuses a folder that holds anything that this command did not write."""
+    found = list(out.iterdir()) if out.exists() else []
+    for path in found:
+        if not OWN.fullmatch(path.name) and not LEFT.fullmatch(path.name):
             raise OSError(f"--out {out} holds {path.name}, which this command did not write: choose an empty folder")
+    for path in found:
+        if LEFT.fullmatch(path.name):
+            path.unlink()
 
 
 def main(args):

@@ -406,7 +406,7 @@ def test_command_stops_and_goes_on(server, tmp_path, capsys):
     (["--images", "2", "--out", "{tmp}/new", "--resolution", "4"], "--resolution 4: at least 8"),
     (["--images", "2", "--out", "{tmp}/new", "--split", "test"], "invalid choice: 'test'"),
     (["--images", "2", "--out", "{tmp}/new", "--base", "file:///etc"], "begins with http:// or https://"),
-    (["--images", "2", "--out", "{tmp}/full"], "holds notes.txt, which this command did not write"),
+    (["--images", "2", "--out", "{tmp}/full"], "holds notes.tmp, which this command did not write"),
     (["--images", "2", "--out", "{tmp}/file"], "{tmp}/file"),
     (["--images", "2", "--out", "{tmp}/file/below"], "{tmp}/file"),
     (["--images", "1", "--out", "{tmp}/made"], "holds 000000000025.png, which is not among the first 1 train images"),
@@ -418,7 +418,7 @@ def test_command_bad_input(server, tmp_path, monkeypatch, capsys, args, message)
     """One line, exit status 2, nothing written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/notes.txt").write_text("mine")
+    (tmp_path / "full/notes.tmp").write_text("mine")
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("COCO_BASE", server.base)
     monkeypatch.setenv("COCO_CACHE", str(tmp_path / "cache"))
@@ -470,7 +470,7 @@ def test_kill_among_the_images_and_go_on(server, tmp_path, capsys):
     assert not (out / "metadata.jsonl").exists() and len(list(out.glob("0*.png"))) == 5
     for path in [*out.glob("0*.png"), *cache.glob("train2017/0*.jpg")]:
         Image.open(path).load()
-    (out / ".000000000042.png.0.tmp").write_bytes(b"half")                # what a kill at the wrong moment leaves
+    (out / f".000000000042.png.{'0f' * 16}.tmp").write_bytes(b"half")                # what a kill at the wrong moment leaves
     server.go.set()
     assert run(capsys, *args) == (0, [])
     assert len((out / "metadata.jsonl").read_text().splitlines()) == 6 and no_temporary(out)
