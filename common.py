@@ -28,6 +28,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import (AutoTokenizer, BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPImageProcessor,
                           CLIPModel)
 
@@ -40,7 +41,7 @@ transformers.logging.disable_progress_bar()
 
 def die(message):
     """Bad input: one line on stderr, exit status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)               # clears a progress bar first
     raise SystemExit(2)
 
 

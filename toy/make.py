@@ -7,6 +7,7 @@ A stage keeps its progress in toy/work/ and continues from there; delete that fo
 comes from (stage, seed, step), one thread, so that a build repeats on the same machine; the device is CUDA when there is one.
 """
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from toy.training import DEVICE, ROOT, WORK, fit, rng_of, to_batch
 
 SCENES = 30_720                                                   # rendered once, in training captions only
 VAE_STEPS, VAE_CROP_STEPS = 3000, 2300                            # the first ones on crops around an object
-SD_STEPS = 6000
+SD_STEPS = (3550, 5000)                                           # layout, shapes
 
 
 def scenes():
@@ -127,12 +128,14 @@ def make_scheduler():
                          set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction")
 
 
-def train_sd(name, shape, steps, lr=1e-3, batch=32):
+def train_sd(name, shape, layout_steps, shape_steps, batch=32):
     """The U-Net and its text encoder, which starts as toy/clip's (Stable Diffusion's is CLIP's as well) and is trained with it.
 
     With epsilon prediction and min-SNR weights a U-Net this small never learned "left of" and "above": they decide the noisiest steps, where it
     was busy copying the noise (error of x0 at t = 950 after 400 steps: 1.27, worse than black; .66 with v prediction). Hence v prediction, and the
-    noisy steps count a little more: the error of x0 is weighted with min(SNR + .3, 5), where min-SNR has min(SNR, 5) and plain v SNR + 1.
+    noisy steps count a little more: the error of x0 is weighted with min(SNR + .3, 5), where min-SNR has min(SNR, 5) and plain v SNR + 1. That
+    brings the layout (after 3,000 steps the model prefers the right order to the exchanged one in .95 of the scenes at t = 900) but leaves shapes
+    blurred; the second part of the training weights with min(SNR + .05, 5), and brings the shapes.
     """
     latents, captions = latents_of_scenes()
     tokenizer = judges.make_tokenizer()
@@ -142,7 +145,7 @@ def train_sd(name, shape, steps, lr=1e-3, batch=32):
     unet, text_encoder = make_unet(shape), CLIPTextModel.from_pretrained(ROOT / "clip", dtype=torch.float32).to(DEVICE)
     alphas = make_scheduler().alphas_cumprod.to(DEVICE)
 
-    def step_fn(step, rng):
+    def step_fn(step, rng, noisy):
         index = rng.integers(len(latents), size=batch)
         x0 = latents[index].to(DEVICE)
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(DEVICE)
@@ -152,16 +155,19 @@ def train_sd(name, shape, steps, lr=1e-3, batch=32):
         v = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, text_encoder(tokens).last_hidden_state).sample
         error = (v - (a.sqrt() * noise - (1 - a).sqrt() * x0)).square().mean((1, 2, 3))
         snr = (a / (1 - a)).flatten()
-        loss = (error * (snr + .3).clamp(max=5) / (snr + 1)).mean()
+        loss = (error * (snr + noisy).clamp(max=5) / (snr + 1)).mean()
         return loss, dict(mse=error.detach().mean())
 
-    shown = fit(name, {"unet": unet, "text_encoder": text_encoder}, step_fn, steps, lr=lr, ema=.999)
-    return unet, text_encoder, tokenizer, shown
+    modules = {"unet": unet, "text_encoder": text_encoder}
+    fit(name, modules, functools.partial(step_fn, noisy=.3), 6000, lr=1e-3, ema=.999, stop=layout_steps)
+    for module in modules.values():
+        module.requires_grad_(True)
+    fit(f"{name}_shapes", modules, functools.partial(step_fn, noisy=.05), shape_steps, lr=7e-4, ema=.999)
+    return unet, text_encoder, tokenizer
 
 
 def make_sd():
-    unet, text_encoder, tokenizer, _ = train_sd("sd", UNET, SD_STEPS)
-    save_sd(unet, text_encoder, tokenizer)
+    save_sd(*train_sd("sd", UNET, *SD_STEPS))
 
 
 def save_sd(unet, text_encoder, tokenizer):

@@ -22,12 +22,13 @@ def to_batch(images):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(DEVICE)
 
 
-def fit(name, modules, step_fn, steps, lr, seed=0, weight_decay=.01, warmup=100, ema=0., save_seconds=60, clip=1.):
+def fit(name, modules, step_fn, steps, lr, seed=0, weight_decay=.01, warmup=100, ema=0., save_seconds=60, clip=1., stop=None):
     """Trains `modules` (a dict name -> nn.Module, updated in place) for `steps` steps of AdamW.
 
     step_fn(step, rng) -> loss, stats: draws its batch from `rng` alone (a generator of (name, seed, step)) and returns a scalar loss and
     a dict of floats to show. The state is saved every `save_seconds` in WORK/<name>.pt and picked up again, so a killed build continues
-    and ends in the same weights. With `ema` > 0 the modules end as the exponential moving average of their weights.
+    and ends in the same weights. With `ema` > 0 the modules end as the exponential moving average of their weights. `stop` ends the training
+    before the learning rate has come down.
     """
     WORK.mkdir(exist_ok=True)
     path, tmp = WORK / f"{name}.pt", WORK / f"{name}.tmp"
@@ -54,7 +55,7 @@ def fit(name, modules, step_fn, steps, lr, seed=0, weight_decay=.01, warmup=100,
     for m in modules.values():
         m.train()
     shown, last = {}, time.time()
-    for step in (bar := tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)):
+    for step in (bar := tqdm(range(start, stop or steps), initial=start, total=stop or steps, desc=name, mininterval=10)):
         for group in opt.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warmup) * (.5 + .5 * math.cos(math.pi * step / steps) + .01)
         torch.manual_seed(hash((seed, step)) % 2**31)            # dropout and the VAE's posterior; a tuple of integers hashes the same everywhere
@@ -74,8 +75,8 @@ def fit(name, modules, step_fn, steps, lr, seed=0, weight_decay=.01, warmup=100,
         if time.time() - last > save_seconds:
             save(step + 1)
             last = time.time()
-    if start < steps:
-        save(steps)
+    if start < (stop or steps):
+        save(stop or steps)
     with torch.no_grad():
         for p, a in zip(params, average):
             p.copy_(a)
