@@ -11,10 +11,10 @@ Diversity:
                                --dino toy, or a ViT such as facebook/dino-vits16 (the paper's), normalised as its preprocessor says (ImageNet;
                                ImageReFL's release feeds it CLIP's). Compare figures of one extractor only.
 Against --reference, on all images, so without an interval (a resampled covariance has a smaller rank: FID would be biased):
-  fid                          Frechet distance of Inception features, with the weights of pytorch-fid; wants more than 2,048 images a side
+  fid                          Frechet distance of Inception features, with the weights of pytorch-fid; wants more than 2,048 images on either side
   frechet_toy                  the same distance of toy/dino features: no FID
-  cov_dist log_cov_dist        ours, after arXiv 2409.06493, whose code is not public: DINO features of length 1, l and m the sorted eigenvalues of their
-                               covariances here and in the reference: mean |l_i - m_i|, and mean |log l_i - log m_i| with eigenvalues below 1e-8 set to it
+  cov_dist log_cov_dist        our own definition after arXiv 2409.06493: l and m the sorted eigenvalues of the covariances of the DINO features, of
+                               length 1, here and in the reference: mean |l_i - m_i|, and mean |log l_i - log m_i|, those below 1e-8 set to it
 Artifacts: artifact_mean, artifact_max: confidence of a --detector in [0, 1], mean and maximum over an image's pixels.
 drift: the first folder against each other one, image by image of the same prompt and seed, outside --masks: PSNR (dB, at most 100, which identical
   images have) and 1 - cos of DINO features.
@@ -62,9 +62,9 @@ def parse_args(argv=None):
     parser.add_argument("--metrics", required=True, help="comma-separated, of the above; name:PATH takes the weights from there")
     parser.add_argument("--reference", help=f"folder of images for {', '.join(AGAINST)}")
     parser.add_argument("--dino", help=f"toy, or a folder or hub id of a ViT (toy if all images are {TOY_SIZE} px, else facebook/dino-vits16)")
-    parser.add_argument("--detector", help=f"folder or hub id of an AutoModelForSemanticSegmentation with one class (toy/detector if all images are {TOY_SIZE} px)")
+    parser.add_argument("--detector", help=f"folder or hub id of a segmentation network with one class (toy/detector if all images are {TOY_SIZE} px)")
     parser.add_argument("--masks", help="drift: folder of masks named as the first folder's images; white may change, and is left out")
-    parser.add_argument("--over_steps", metavar="RUN", help="sample base and every snapshot of a run into RUN/over_steps, as its sampler block says, and measure them")
+    parser.add_argument("--over_steps", metavar="RUN", help="sample base and snapshots of a run into RUN/over_steps, as its sampler block says; measure them")
     parser.add_argument("--prompts", help="--over_steps: text file, a prompt per line (the run's --test_prompts)")
     parser.add_argument("--num_images", type=int, default=4, help="--over_steps: images per prompt")
     parser.add_argument("--batch_size", type=int, default=32, help="images at once; no result depends on it")
@@ -243,7 +243,8 @@ class MPS:
 
     def __init__(self, path, device):
         state, folder = load_file(path), Path(path).parent
-        own, layers = ({k.removeprefix(start): v.float() for k, v in state.items() if k.startswith(start)} for start in ("mps.model.", "mps.cross_model.layers."))
+        own, layers = ({k.removeprefix(start): v.float() for k, v in state.items() if k.startswith(start)}
+                       for start in ("mps.model.", "mps.cross_model.layers."))
         self.clip = load_complete(CLIPModel, None, config=clip_config(own), state_dict=own).to(device)
         self.layers = [[[layers[f"{i}.{j}.fn.{name}.weight"].to(device) for name in names] for j, names in enumerate((self.CROSS, self.SELF))]
                        for i in range(len({k.split(".")[0] for k in layers}))]
@@ -439,7 +440,8 @@ def summarise(name, values, prompt_ids, reference=None):
     """A metric of a folder from its network's values (N, ...) -> its summary; with it toy_correct's abstentions, dino_div's one-image prompts."""
     if name in AGAINST:
         value = frechet(values, reference) if name in ("fid", "frechet_toy") else covariance_distances(values, reference)[name == "log_cov_dist"]
-        return dict(mean=value, low=None, high=None, prompts=len(set(prompt_ids)), per_prompt={})
+        full_rank = min(len(values), len(reference)) > values.shape[1]
+        return dict(mean=value, low=None, high=None, prompts=len(set(prompt_ids)), per_prompt={}, full_rank=full_rank)
     if name == "dino_div":
         per_prompt = dino_diversity(values, prompt_ids)
         return dict(summary(per_prompt), left_out=len(set(prompt_ids)) - len(per_prompt))
@@ -460,8 +462,8 @@ def difference(own, its):
 
 @torch.no_grad()
 def drift(first, other, dino, device, masks=None, batch=32):
-    """(folder, rows) twice, in pairs -> dict(psnr, dino) of summaries. Under a mask both get the first folder's pixels, so that only the rest counts."""
-    values, dino_distance = [], []
+    """(folder, rows) twice, in pairs -> dict(psnr, dino) of summaries. Under a mask both get the first folder's pixels: only the rest counts."""
+    psnr, dino_distance = [], []
     for (a, part), (b, _) in zip(batches(*first, batch), batches(*other, batch)):
         if a.shape != b.shape:
             raise OSError(f"--metrics drift: the images of {first[0]} and {other[0]} differ in size, in the batch from {part[0]['file_name']} on")
@@ -473,10 +475,10 @@ def drift(first, other, dino, device, masks=None, batch=32):
             keep[i] = mask <= .5
         b = torch.where(keep > 0, b, a)
         mse = (a - b).double().square().mean(1, keepdim=True).sum((1, 2, 3)) / keep.double().sum((1, 2, 3))
-        values.append(-10 * mse.clamp(min=1e-10).log10())
+        psnr.append(-10 * mse.clamp(min=1e-10).log10())
         dino_distance.append(1 - (dino(a.to(device)) * dino(b.to(device))).sum(-1).cpu())
     ids = [row["prompt_id"] for row in first[1]]
-    return {"psnr": summary(prompt_means(torch.cat(values), ids)), "dino": summary(prompt_means(torch.cat(dino_distance), ids))}
+    return {"psnr": summary(prompt_means(torch.cat(psnr), ids)), "dino": summary(prompt_means(torch.cat(dino_distance), ids))}
 
 
 def measure(folders, metrics, sources, device, reference=None, masks=None, batch=32):
@@ -512,7 +514,7 @@ def measure(folders, metrics, sources, device, reference=None, masks=None, batch
 
 
 @torch.no_grad()
-def sample_snapshots(run, prompts, num_images, device, seed=0):
+def sample_snapshots(run, prompts, num_images, device):
     """Samples the base model (step 0) and every snapshot of a run with the same noise, as its sampler block says -> {folder: step}.
 
     RUN/over_steps/step_000200 and so on; what was sampled from the same weights, prompts and settings is not sampled again.
@@ -526,13 +528,13 @@ def sample_snapshots(run, prompts, num_images, device, seed=0):
     snapshots = {int(p.name[5:]): p for p in (run / ("lora" if rank else "model")).glob("step_*") if p.name[5:].isdigit()}
     if not snapshots:
         die(f"--over_steps {run}: no snapshots in it; the training scripts make them every --save_every updates")
-    prompts = read_prompts(prompts or config.get("test_prompts") or die(f"--over_steps {run}: its config.json names no test prompts; give --prompts FILE"))
+    prompts = read_prompts(prompts or config.get("test_prompts") or die(f"--over_steps {run}: its config names no test prompts; give --prompts FILE"))
     model, adapted, folders = None, False, {}
     for step, weights in sorted({0: None, **snapshots}.items()):
         out = run / "over_steps" / f"step_{step:06d}"
         folders[str(out)] = step
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(weights.rglob("*.safetensors"))] if weights else []
-        settings = json.dumps(dict(sampler=sampler, model=name, resolution=resolution, prompts=prompts, num_images=num_images, seed=seed, weights=files))
+        settings = json.dumps(dict(sampler=sampler, model=name, resolution=resolution, prompts=prompts, num_images=num_images, weights=files))
         if (out / "settings.json").is_file() and (out / "settings.json").read_text() == settings:
             continue
         if model is None:
@@ -549,10 +551,10 @@ def sample_snapshots(run, prompts, num_images, device, seed=0):
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         with merged(model), tqdm(total=len(prompts) * num_images, desc=f"sampling {out.name}", unit="image") as bar:
-            for images in generate_batches(model, prompts, seed, sampler, num_images):
+            for images in generate_batches(model, prompts, 0, sampler, num_images):
                 for image in images:
                     i, k = divmod(len(rows), num_images)
-                    rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompts[i], prompt_id=i, seed=seed))
+                    rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompts[i], prompt_id=i, seed=0))
                     to_pil(image).save(tmp / rows[-1]["file_name"])
                 bar.update(len(images))
         (tmp / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -562,18 +564,20 @@ def sample_snapshots(run, prompts, num_images, device, seed=0):
     return folders
 
 
-def report(results, folders, sources, reference=None):
+def report(results, folders, said):
     """The aligned table: mean [95 % interval over prompts], then the paired differences to the first folder, then what must be said."""
     first = next(iter(folders))
     metrics = list(results["folders"][first])
 
+    def cell(s):
+        return "-" if s["mean"] is None else f"{s['mean']:.4f}" + ("" if s["low"] is None else f" [{s['low']:.4f}, {s['high']:.4f}]")
+
     def table(title, part):
         rows = [[title, "images", "prompts", *next(iter(part.values()))]]
         for folder, own in part.items():
-            cells = ["-" if s["mean"] is None else f"{s['mean']:.4f}" + ("" if s["low"] is None else f" [{s['low']:.4f}, {s['high']:.4f}]") for s in own.values()]
-            rows.append([folder, str(len(folders[folder])), str(len({row["prompt_id"] for row in folders[folder]})), *cells])
+            rows.append([folder, str(len(folders[folder])), str(len({row["prompt_id"] for row in folders[folder]})), *map(cell, own.values())])
         widths = [max(map(len, column)) for column in zip(*rows)]
-        print(*("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows), "", sep="\n")
+        print(*("  ".join(x.ljust(w) for x, w in zip(row, widths)).rstrip() for row in rows), "", sep="\n")
 
     for title, part in (("folder", "folders"), (f"minus {first}", "differences"), (f"drift from {first}", "drift")):
         if results[part] and (metrics or part == "drift"):
@@ -585,13 +589,9 @@ def report(results, folders, sources, reference=None):
             print(f"{folder}: {left_out} of {left_out + own['dino_div']['prompts']} prompts have one image, and are left out of dino_div")
         if "toy_correct" in own:
             print(f"{folder}: the oracle abstained on {own['toy_correct']['abstained']:.1%} of the images: counted as not correct")
-    for folder, rows in {**folders, **(reference or {})}.items():
-        if "fid" in metrics and len(rows) <= 2048:
-            print(f"{folder}: fid of {len(rows)} images: more than 2,048 are needed for a covariance of full rank; compare it with nothing")
-    if sources["dino"]:
-        print(f"DINO features: {sources['dino']}")
-    if sources["detector"]:
-        print(f"detector: {sources['detector']}")
+        if short := [name for name, s in own.items() if not s.get("full_rank", True)]:
+            print(f"{folder}: {', '.join(short)} of as many images as the features have dimensions, or fewer, here or in the reference: of little meaning")
+    print(*(f"{name}: {source}" for name, source in said.items() if source), sep="\n")
 
 
 def plot(results, path, steps=None):
@@ -632,25 +632,26 @@ def main(args):
             parse_caption(text)
     except ValueError as e:
         die(f"--metrics toy_correct: {e}")
-    networks = {NETWORK[name] for name in args.metrics}
+    networks, everything = {NETWORK[name] for name in args.metrics}, {**folders, **reference}
+    if needs := [name for name in args.metrics if name in AGAINST]:
+        for folder in (folder for folder, rows in everything.items() if len(rows) < 2):
+            die(f"--metrics {needs[0]}: {folder} has one image, and one image has no covariance")
     try:
-        firsts = [read_image(Path(folder) / rows[0]["file_name"]) for folder, rows in {**folders, **reference}.items()]
+        firsts = [read_image(Path(folder) / rows[0]["file_name"]) for folder, rows in everything.items()]
         toy = all(image.shape[1:] == (TOY_SIZE, TOY_SIZE) for image in firsts)
         dino, detector = args.dino or ("toy" if toy else "facebook/dino-vits16"), args.detector or ("toy" if toy else None)
         if "detector" in networks and not detector:
             die("--detector DIR is needed: toy/detector knows the toy world's images only")
         if "frechet_toy" in args.metrics and dino != "toy":
             die(f"--metrics frechet_toy is of toy/dino's features, not of {dino}; it is for the toy world's images, or say --dino toy")
-        if few := next((f for f, rows in {**folders, **reference}.items() if len(rows) < 2 and {*AGAINST} & {*args.metrics}), None):
-            die(f"{few}: one image has no covariance, {', '.join(m for m in AGAINST if m in args.metrics)} cannot be measured")
-        sources = {NETWORK[name]: path for name, path in args.metrics.items()} | {name: str(TOY / name.removeprefix("toy_")) for name in (
-            "toy_pref", "toy_pref_b", "toy_clip") if not args.metrics.get(name)}
-        sources |= {"dino": str(TOY / "dino") if dino == "toy" else dino, "detector": str(TOY / "detector") if detector == "toy" else detector}
+        sources = {NETWORK[name]: path for name, path in args.metrics.items()} | dict(dino=dino, detector=detector)
+        for name, folder in (("toy_pref", "pref"), ("toy_pref_b", "pref_b"), ("toy_clip", "clip"), ("dino", "dino"), ("detector", "detector")):
+            sources[name] = str(TOY / folder) if sources.get(name) in (None, "", "toy") else sources[name]
         results = measure(folders, args.metrics, sources, device, reference, args.masks, args.batch_size)
     except (OSError, FloatingPointError) as e:                            # an image, a metric: the message names it
         die(e)
     said = {name: shown if name in networks else None for name, shown in (("dino", dino), ("detector", detector))}
-    report(results, folders, said, reference)
+    report(results, folders, said)
     if args.plot:
         plot(results, args.plot, steps)
     if args.out:

@@ -143,6 +143,7 @@ def test_order_and_batches_do_not_matter_and_differences_are_paired(scenes, vit,
              "--metrics", "toy_correct,toy_clip,dino_div,artifact_mean,artifact_max,cov_dist,log_cov_dist,drift"]
     one, shown = results(tmp_path / "r.json", *words), capsys.readouterr().out
     a, b = map(str, words[:2])
+    assert "cov_dist, log_cov_dist of as many images as the features have dimensions, or fewer" in shown
     assert f"minus {a}" in shown and "1 of 3 prompts have one image" in shown and "abstained" in shown and f"drift from {a}" in shown
     for metric, d in one["differences"][b].items():
         x, y = (one["folders"][folder][metric] for folder in (a, b))
@@ -492,12 +493,13 @@ def test_bad_input(scenes, vit, tmp_path, monkeypatch, capsys):
         (a, "--metrics", "drift"): "drift needs two folders",
         (a, b, "--metrics", "toy_clip", "--masks", tmp_path): "--masks are for",
         (a, "--metrics", "fid"): "measured against --reference",
-        (a, "--metrics", "cov_dist", "--reference", big): "one image has no covariance",
+        (a, "--metrics", "cov_dist", "--reference", big): "has one image, and one image has no covariance",
         (a, "--metrics", "cov_dist", "--reference", tmp_path): "no metadata.jsonl",
         (a, "--metrics", "frechet_toy", "--reference", b, "--dino", vit): "frechet_toy is of toy/dino",
         (a, "--metrics", "dino_div:x"): "takes no path",
         (a, "--metrics", "hps:x.pt"): "x.pt does not exist",
         (a, "--metrics", "mps:" + str(tmp_path / "no_weights")): "has no model.safetensors",
+        (a, "--metrics", "mps:" + str(pickled / "pytorch_model.bin")): "mps: cannot load the weights",
         (a, "--metrics", "toy_pref:" + str(tmp_path / "no_weights")): "its weights are missing",
         (a, "--metrics", "toy_clip", "--batch_size", 0): "at least 1",
         (folder("gone", [row]), "--metrics", "toy_clip"): "x.png, named in its metadata.jsonl, does not exist",
