@@ -234,26 +234,27 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, folder, resolution):
-        self.resolution, self.items, root, path = resolution, [], Path(folder).resolve(), Path(folder) / "metadata.jsonl"
+        self.resolution, self.items, path = resolution, [], Path(folder) / "metadata.jsonl"
         try:
             lines = path.read_text(encoding="utf-8").split("\n")          # not splitlines: a caption may hold U+2028
         except (OSError, UnicodeDecodeError) as e:
-            raise OSError(f"{path}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}; a folder of images with metadata.jsonl is expected") from e
+            reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+            raise OSError(f"{path}: {reason}; a folder of images with metadata.jsonl is expected") from e
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                file, text = root / row["file_name"], row["text"]
+                name, text = Path(row["file_name"]), row["text"]
             except (ValueError, KeyError, TypeError) as e:
                 raise OSError(f'{path} line {number}: {{"file_name": "...", "text": "..."}} is expected') from e
             if not isinstance(text, str):
                 raise OSError(f"{path} line {number}: its text is no string")
-            if not file.resolve().is_relative_to(root):
-                raise OSError(f"{path} line {number}: {row['file_name']} is outside the folder")
-            if not file.is_file():
-                raise OSError(f"{path} line {number}: {row['file_name']} is missing")
-            self.items.append((file, text))
+            if name.is_absolute() or ".." in name.parts:                  # links in the folder are fine (the hub's cache has them)
+                raise OSError(f"{path} line {number}: {name} is outside the folder")
+            if not (path.parent / name).is_file():
+                raise OSError(f"{path} line {number}: {name} is missing")
+            self.items.append((path.parent / name, text))
         if not self.items:
             raise OSError(f"{path}: no image in it")
 

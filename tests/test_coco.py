@@ -502,6 +502,64 @@ def test_command_as_a_user_runs_it(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+# ---------------------------------------------------------------------------------------------------------------- imagefolders
+
+
+def folder(path, rows, n=4):
+    path.mkdir(parents=True)
+    for i in range(n):
+        Image.effect_noise((30, 20), 50 + i).convert("RGB").save(path / f"{i}.png")
+    (path / "metadata.jsonl").write_text("".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    return path
+
+
+def folder_rows(n=4):
+    return [{"file_name": f"{i}.png", "text": f"caption {i}\u2028", "seed": 1} for i in range(n)]
+
+
+def test_imagefolder(tmp_path):
+    """Pixels of the centre crop, the whole caption, a link (as in the hub's cache) read as the file it is."""
+    path = folder(tmp_path / "a", [*folder_rows(), "\n"])
+    (path / "0.png").rename(tmp_path / "blob")
+    os.symlink(tmp_path / "blob", path / "0.png")
+    data = coco.ImageFolder(path, 20)
+    assert len(data) == 4 and data.captions == [f"caption {i}\u2028" for i in range(4)]
+    for i in range(4):
+        image, text = data[i]
+        pixels = Image.open(path / f"{i}.png").crop((5, 0, 25, 20))
+        assert text == data.captions[i] and torch.equal(image, torch.tensor(list(pixels.tobytes())).view(20, 20, 3).permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize("bad, message", [
+    ([], "no image in it"), (["{\n"], 'line 1: {"file_name"'), (["[1]\n"], 'line 1: {"file_name"'),
+    ([*folder_rows(1), {"file_name": "1.png"}], 'line 2: {"file_name"'), ([{"file_name": "../b/0.png", "text": "x"}], "../b/0.png is outside"),
+    ([{"file_name": "/etc/hostname", "text": "x"}], "/etc/hostname is outside"), ([{"file_name": "1/../../b/0.png", "text": "x"}], "is outside"),
+    ([{"file_name": "9.png", "text": "x"}], "9.png is missing"), ([{"file_name": "", "text": "x"}], " is missing"),
+    ([{"file_name": "a\0.png", "text": "x"}], " is missing"), ([{"file_name": "1.png", "text": 3}], "its text is no string")])
+def test_imagefolder_bad_metadata(tmp_path, bad, message):
+    folder(tmp_path / "b", [])
+    with pytest.raises(OSError) as e:
+        coco.ImageFolder(folder(tmp_path / "a", bad), 16)
+    assert message in str(e.value) and str(e.value).startswith(f"{tmp_path}/a/metadata.jsonl")
+
+
+def test_image_data_and_batches_end_with_one_line(tmp_path, capsys):
+    """No folder, no UTF-8, and an image cut short, met in this process and in a worker."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/metadata.jsonl").write_bytes(b"\xff\xfe")
+    for path, message in ((tmp_path / "none", "No such file"), (tmp_path / "a", "not UTF-8")):
+        with pytest.raises(SystemExit) as e:
+            coco.image_data(path, 16)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and message in err and err.count("\n") == 1
+    path = folder(tmp_path / "b", folder_rows())
+    (path / "2.png").write_bytes((path / "2.png").read_bytes()[:300])
+    for workers in (0, 1):
+        with pytest.raises(SystemExit) as e:
+            list(coco.image_batches(coco.image_data(path, 16), [[0, 1], [2, 3]], workers))
+        assert e.value.code == 2 and capsys.readouterr().err == f"error: {path}/2.png: not a readable image\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------- prompt lists
 
 
