@@ -1,7 +1,7 @@
 """Measures folders of images, whoever made them: metadata.jsonl with {"file_name", "text"} a line, and "prompt_id", "seed" if there are any.
 
 Quality, the mean over prompts of the mean over a prompt's images. A colon gives the weights in the published layout: hps:FILE, mps:DIR.
-  hps pick clip clip_h         HPSv2.1, PickScore, CLIPScore of ViT-B/32 and of ViT-H-14, on the rewards' own scales
+  hps pick clip clip_h         HPSv2.1, PickScore, CLIPScore of ViT-B/32 and of ViT-H-14 (cosines, which tables hold times 100, but PickScore)
   imagereward[_raw]            ImageReward; _raw without its normalisation (ImageReFL's tables hold it)
   mps                          MPS, "overall", text tokens chosen per sample (the authors' code chooses them per batch)
   toy_pref toy_clip            the rewards of the toy world; toy_pref_b: a second judge of the same taste, never a training reward
@@ -219,7 +219,10 @@ class Inception:
         path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1])
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, path, hash_prefix=INCEPTION_SHA256)
+            try:
+                torch.hub.download_url_to_file(INCEPTION_URL, path, hash_prefix=INCEPTION_SHA256)
+            except OSError as e:
+                raise OSError(f"{INCEPTION_URL} was not served ({e}); a copy of it can be named, fid:FILE") from e
         if hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
             raise ValueError(f"{path} is not pytorch-fid's file: its sha256 is another one")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -591,7 +594,9 @@ def report(results, folders, said):
             print(f"{folder}: the oracle abstained on {own['toy_correct']['abstained']:.1%} of the images: counted as not correct")
         if short := [name for name, s in own.items() if not s.get("full_rank", True)]:
             print(f"{folder}: {', '.join(short)} of as many images as the features have dimensions, or fewer, here or in the reference: of little meaning")
-    print(*(f"{name}: {source}" for name, source in said.items() if source), sep="\n")
+    for name, source in said.items():
+        if source:
+            print(f"{name}: {source}")
 
 
 def plot(results, path, steps=None):
@@ -633,9 +638,9 @@ def main(args):
     except ValueError as e:
         die(f"--metrics toy_correct: {e}")
     networks, everything = {NETWORK[name] for name in args.metrics}, {**folders, **reference}
-    if needs := [name for name in args.metrics if name in AGAINST]:
-        for folder in (folder for folder, rows in everything.items() if len(rows) < 2):
-            die(f"--metrics {needs[0]}: {folder} has one image, and one image has no covariance")
+    for folder, rows in everything.items():
+        if len(rows) < 2 and {*args.metrics} & {*AGAINST}:
+            die(f"{folder}: one image has no covariance, which {', '.join(name for name in args.metrics if name in AGAINST)} compare")
     try:
         firsts = [read_image(Path(folder) / rows[0]["file_name"]) for folder, rows in everything.items()]
         toy = all(image.shape[1:] == (TOY_SIZE, TOY_SIZE) for image in firsts)

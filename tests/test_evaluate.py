@@ -216,7 +216,7 @@ def test_covariance_distances_equal_numpys(rng=np.random.default_rng(0)):
     l, m = (np.sort(np.linalg.eigvals(np.cov((x / np.linalg.norm(x, axis=1, keepdims=True)).T)).real) for x in (a, b))
     got = evaluate.covariance_distances(torch.tensor(a), torch.tensor(b))
     assert got == (pytest.approx(np.mean(abs(l - m))), pytest.approx(np.mean(abs(np.log(l) - np.log(m)))))
-    assert evaluate.covariance_distances(torch.tensor(a[:3]), torch.tensor(a[:3])) == (0, 0)                                # rounding errors have no logarithm
+    assert evaluate.covariance_distances(torch.tensor(a[:3]), torch.tensor(a[:3])) == (0, 0)       # without full rank
 
 
 def test_dino_diversity_equals_a_double_loop(rng=np.random.default_rng(0)):
@@ -244,7 +244,7 @@ def test_inception_is_pytorch_fids(scenes, tmp_path, monkeypatch, capsys):
     images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images)[0][:, :, 0, 0]) and ours(images).std() > 0
-    assert inception.load_state_dict_from_url("", progress=True).keys() == state.keys()                                      # never the one that unpickles
+    assert inception.load_state_dict_from_url("", progress=True).keys() == state.keys()            # never the one that unpickles
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- MPS
@@ -316,7 +316,20 @@ def test_mps_equals_its_published_equations(mps, scenes, tmp_path):
         for row in rows_of(scenes / "a"):
             x = F.interpolate(images[row["file_name"]][None], (42, 42), mode="bicubic", antialias=True)
             want.setdefault(str(row["prompt_id"]), []).append(published_mps(state, clip, tokenizer, (x - mean) / std, row["text"]))
-    assert got["per_prompt"] == pytest.approx({p: np.mean(x) for p, x in want.items()}, abs=2e-3) and len({round(v, 1) for v in got["per_prompt"].values()}) == 3
+    assert got["per_prompt"] == pytest.approx({p: np.mean(x) for p, x in want.items()}, abs=2e-3)
+    assert len({round(v, 1) for v in got["per_prompt"].values()}) == 3
+
+
+def test_mps_knows_its_published_size():
+    want = random_weights.clip_h_config(True, 49408)
+    with torch.device("meta"):
+        theirs = CLIPModel(want)
+        got = evaluate.clip_config(theirs.state_dict())
+        ours = CLIPModel(got)
+    assert random_weights.shapes_of(ours) == random_weights.shapes_of(theirs)
+    for tower in ("text_config", "vision_config"):
+        for name in ("num_attention_heads", "hidden_act", "layer_norm_eps"):
+            assert getattr(getattr(got, tower), name) == getattr(getattr(want, tower), name)
 
 
 def test_incomplete_mps_is_refused(mps, scenes, tmp_path, capsys):
@@ -365,7 +378,8 @@ def test_drift_is_psnr_and_features_outside_the_masks(scenes, vit, tmp_path, cap
             x, y = before[row["file_name"]].double().numpy(), after[row["file_name"]].double().numpy()
             psnr.setdefault(str(row["prompt_id"]), []).append(10 * np.log10(1 / np.mean((x - y)[:, outside] ** 2)))
             y = np.where(outside, y, x)
-            distance.setdefault(str(row["prompt_id"]), []).append(1 - slow_features(vit, torch.tensor(x).float()) @ slow_features(vit, torch.tensor(y).float()))
+            f, g = (slow_features(vit, torch.tensor(z).float()) for z in (x, y))
+            distance.setdefault(str(row["prompt_id"]), []).append(1 - f @ g)
         assert got["psnr"]["per_prompt"] == pytest.approx({p: np.mean(v) for p, v in psnr.items()}, abs=1e-4)
         assert got["dino"]["per_prompt"] == pytest.approx({p: np.mean(v) for p, v in distance.items()}, abs=1e-5)
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save(masks / "0-1.png")
@@ -435,7 +449,7 @@ def test_curves_over_the_snapshots_of_a_run(tmp_path, capsys):
         for i, image in enumerate(images):
             x = np.asarray(Image.open(folder / "over_steps" / "step_000002" / f"{i // 2:05d}_{i % 2:02d}.png"), np.int16)
             assert abs(np.asarray(common.to_pil(image), np.int16) - x).max() <= 1
-        assert results(tmp_path / "r.json", *words) == r and made == {p: p.stat().st_mtime_ns for p in made}                 # nothing is sampled twice
+        assert results(tmp_path / "r.json", *words) == r and made == {p: p.stat().st_mtime_ns for p in made}   # nothing is sampled twice
     results(tmp_path / "r.json", *words[:2], "--num_images", 1, *words[4:])
     assert len(list((folder / "over_steps").rglob("*.png"))) == 3 * 2
     assert "no run folder" in fails(capsys, "--over_steps", tmp_path, "--metrics", "toy_pref")
@@ -493,7 +507,7 @@ def test_bad_input(scenes, vit, tmp_path, monkeypatch, capsys):
         (a, "--metrics", "drift"): "drift needs two folders",
         (a, b, "--metrics", "toy_clip", "--masks", tmp_path): "--masks are for",
         (a, "--metrics", "fid"): "measured against --reference",
-        (a, "--metrics", "cov_dist", "--reference", big): "has one image, and one image has no covariance",
+        (a, "--metrics", "cov_dist", "--reference", big): "one image has no covariance, which cov_dist compare",
         (a, "--metrics", "cov_dist", "--reference", tmp_path): "no metadata.jsonl",
         (a, "--metrics", "frechet_toy", "--reference", b, "--dino", vit): "frechet_toy is of toy/dino",
         (a, "--metrics", "dino_div:x"): "takes no path",
@@ -518,7 +532,14 @@ def test_bad_input(scenes, vit, tmp_path, monkeypatch, capsys):
         (big, "--metrics", "artifact_max"): "--detector DIR is needed",
     }.items():
         assert expected in fails(capsys, *words), words
-    monkeypatch.setattr(common, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("401")))                     # a gated id; no network in tests
+
+    def no_network(*_, **__):
+        raise OSError("unreachable")
+    monkeypatch.setattr(common, "hf_hub_download", no_network)             # as for a gated id
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path / "hub")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    pytest.importorskip("pytorch_fid")
+    assert "was not served (unreachable)" in fails(capsys, a, "--metrics", "fid", "--reference", b)
     assert "accept its terms at https://huggingface.co/some/vit" in fails(capsys, a, "--metrics", "dino_div", "--dino", "some/vit")
     assert "accept its terms at https://huggingface.co/RE-N-Y/mpsv1" in fails(capsys, a, "--metrics", "mps")
     assert not (tmp_path / "p.png").exists()
