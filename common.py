@@ -486,8 +486,11 @@ class ClipScore:
         path = path or open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
         if Path(path).with_name("open_clip_config.json").is_file():
             name = f"local-dir:{Path(path).parent}"
-        self.clip, self.tokenizer = open_clip.CLIP(**open_clip.get_model_config(name)), open_clip.get_tokenizer(name)
-        self.clip.load_state_dict(read_weights(path))
+        with torch.device("meta"):                                        # no time and memory for weights that are not the file's
+            self.clip = open_clip.CLIP(**open_clip.get_model_config(name))
+        self.clip.load_state_dict(read_weights(path), assign=True)
+        self.clip.attn_mask = torch.full(self.clip.attn_mask.shape, -torch.inf).triu(1)     # causal; the one buffer that no file holds
+        self.tokenizer = open_clip.get_tokenizer(name)
         self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
         self.clip.to(device, self.dtype).eval().requires_grad_(False)
         self.pad, self.texts = pad, {}
@@ -529,8 +532,10 @@ def blip_scorer(state):
             k.endswith(".intermediate.dense.weight") for k in state), intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]))
     linear, drop = torch.nn.Linear, torch.nn.Identity                     # no non-linearity; its dropout sleeps in evaluation
     mlp = torch.nn.Sequential(linear(hidden, 1024), drop(), linear(1024, 128), drop(), linear(128, 64), drop(), linear(64, 16), linear(16, 1))
-    net = torch.nn.ModuleDict(dict(vision=BlipVisionModel(vision), text=BlipTextModel(text, add_pooling_layer=False), mlp=mlp))
-    net.load_state_dict(state)
+    with torch.device("meta"):
+        net = torch.nn.ModuleDict(dict(vision=BlipVisionModel(vision), text=BlipTextModel(text, add_pooling_layer=False), mlp=mlp))
+    net.load_state_dict(state, assign=True)
+    net["text"].embeddings.position_ids = torch.arange(text.max_position_embeddings)[None]
     return net.eval().requires_grad_(False)
 
 
@@ -611,7 +616,7 @@ def load_reward(spec, device):
     name, path = split_reward(spec)
     try:
         return REWARDS[name].build(path, device), REWARDS[name]
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, EOFError):
         die(f"--reward {spec}: its file is no checkpoint of plain tensors; one that carries code is never opened")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
         die(f"--reward {spec}: cannot load its weights: {textwrap.shorten(f'{type(e).__name__}: {e}', 400)}")
@@ -658,6 +663,10 @@ class Parser(argparse.ArgumentParser):
             if toy and getattr(args, name, "") is None:
                 setattr(args, name, str(default))
         args.out = args.out or str(Path("runs") / re.sub(r"[^\w.-]+", "_", f"{script}-{args.model}-{args.reward}"))
+        if args.resume and not (Path(args.out) / "checkpoint" / "state.pt").is_file():
+            die(f"--resume: {args.out} has no checkpoint; start without --resume, or name the run folder with --out")
+        if not args.resume and (Path(args.out) / "config.json").exists():
+            die(f"{args.out} holds a run already: continue it with --resume, or choose another --out")
         for name in ("train_steps", "batch_size", "micro_batch", "num_inference_steps", "save_every"):
             if getattr(args, name) < 1:
                 self.error(f"--{name} {getattr(args, name)}: at least 1")
@@ -742,16 +751,12 @@ class Run:
         self.weights = self.dir / ("lora" if args.lora_rank else "model")
         config = dict(vars(args), model_source=model.source, sampler=sampler)
         config = {k: v for k, v in config.items() if k not in ("resume", "train_steps", "out", "device")}      # what may differ on resume
-        state, path = self.dir / "checkpoint" / "state.pt", self.dir / "config.json"
+        path = self.dir / "config.json"
         if args.resume:
-            if not state.is_file():
-                die(f"--resume: {self.dir} has no checkpoint; start without --resume, or name the run folder with --out")
             old = json.loads(path.read_text())
             changed = [f"{k} was {old.get(k)!r}, now {config[k]!r}" for k in config if json.loads(json.dumps(config[k])) != old.get(k)]
             if changed:
                 die(f"--resume: these settings differ from the run's: {'; '.join(changed)}")
-        elif path.exists():
-            die(f"{self.dir} holds a run already: continue it with --resume, or choose another --out")
         try:
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(dict(config, train_steps=args.train_steps), indent=1) + "\n")

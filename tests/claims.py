@@ -1,7 +1,7 @@
 """The experiments behind the README's tables: every figure there is printed by this file. Restartable: what is done is not done again.
 
-  $ python tests/claims.py refl --out claims        # 3 training runs and their images
-  $ python tests/claims.py refl --out claims --jobs 2
+  $ OMP_NUM_THREADS=1 python tests/claims.py refl --out claims --jobs 2             # 3 training runs and their images
+  $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 9 more runs; uses refl's
 
 Writes DIR/<experiment>/table.md, results.json and plots. The training seed is the unit: a figure is the mean over seeds, with the standard
 deviation over seeds behind the sign; held-out prompts and image seeds are the same for every row.
@@ -14,10 +14,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from toy.scenes import render, sample_scene
+
 SEEDS = (0, 1, 2)
 PROMPTS, IMAGES = 40, 8
-METRICS = ("toy_pref", "toy_pref_b", "toy_correct", "dino_div")
+METRICS = ("toy_pref", "toy_pref_b", "toy_correct", "dino_div", "frechet_toy")
+BASE_STEPS = (5, 8, 10, 12, 14, 16, 18)          # of 20: the switch points of combined generation
 
 
 def call(out, name, script, *words, done=None):
@@ -53,12 +60,35 @@ def images(out, name, *words):
     return folder
 
 
-def metrics(out, folder):
+def renders(out):
+    """Real scenes of the same prompts, as many as a row has images: the reference of frechet_toy, and a row of its own."""
+    folder = out / "images" / "renders"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, prompt in enumerate(held_out_prompts(out).read_text().splitlines()):
+        for k in range(IMAGES):
+            rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompt, prompt_id=i))
+            image = render(sample_scene(np.random.default_rng([i, k]), prompt))[0]
+            Image.fromarray(np.round(image * 255).astype(np.uint8)).save(folder / rows[-1]["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def metrics(out, folder, name=None):
     """dict metric -> value of one folder of images."""
-    done = out / "metrics" / f"{folder.name}.json"
+    done = out / "metrics" / f"{name or folder.name}.json"
     done.parent.mkdir(exist_ok=True)
-    call(out, folder.name, "evaluate", folder, "--metrics", ",".join(METRICS), "--out", done, done=done)
+    call(out, name or folder.name, "evaluate", folder, "--metrics", ",".join(METRICS), "--reference", out / "images" / "renders", "--out", done, done=done)
     return {m: json.loads(done.read_text())["folders"][str(folder)][m]["mean"] for m in METRICS}
+
+
+def train(out, name, script, *words):
+    """One training run, continued if it was cut off; returns its folder."""
+    run = out / name
+    config = run / "config.json"
+    if not config.exists() or not (run / "lora" / f"step_{json.loads(config.read_text())['train_steps']:06d}").exists():
+        call(out, name, script, *words, "--out", run, *(["--resume"] if (run / "checkpoint" / "state.pt").exists() else []))
+    return run
 
 
 def over_seeds(rows):
@@ -79,22 +109,17 @@ def write_table(out, rows):
 def refl(out, jobs):
     """ReFL raises the reward on held-out prompts and lowers diversity (ImageReFL's Figure 2). Tuned models sample without guidance."""
     runs = {seed: out / f"run_{seed}" for seed in SEEDS}
-
-    def train(seed):
-        config = runs[seed] / "config.json"
-        if not config.exists() or not (runs[seed] / "lora" / f"step_{json.loads(config.read_text())['train_steps']:06d}").exists():
-            call(out, seed, "refl", "--seed", seed, "--out", runs[seed], *(["--resume"] if (runs[seed] / "checkpoint" / "state.pt").exists() else []))
-    together(jobs, [lambda s=s: train(s) for s in SEEDS])
+    together(jobs, [lambda s=s: train(out, f"run_{s}", "refl", "--seed", s) for s in SEEDS])
 
     snapshots = sorted(p.name for p in (runs[SEEDS[0]] / "lora").glob("step_*"))
     wanted = {("base, guidance 4",): ("base_guided", "--mode", "base", "--lora", runs[0], "--base_guidance_scale", 4),
               ("base, no guidance",): ("base_plain", "--mode", "base", "--lora", runs[0], "--base_guidance_scale", 1)}
     wanted |= {(name, seed): (f"{name}_{seed}", "--mode", "tuned", "--lora", runs[seed] / "lora" / name) for name in snapshots for seed in SEEDS}
-    results = {}
+    results = {("real scenes",): metrics(out, renders(out))}
     together(jobs, [lambda k=k, w=w: results.update({k: metrics(out, images(out, *w))}) for k, w in wanted.items()])
     rows = {k[0]: over_seeds([results[k]]) for k in results if len(k) == 1}
     rows |= {f"ReFL, {int(n.removeprefix('step_'))} updates": over_seeds([results[n, s] for s in SEEDS]) for n in snapshots}
-    write_table(out, dict(sorted(rows.items(), key=lambda kv: (kv[0][0] != "b", len(kv[0]), kv[0]))))
+    write_table(out, dict(sorted(rows.items(), key=lambda kv: (kv[0][0] not in "br", len(kv[0]), kv[0]))))
     seconds = [json.loads(line)["seconds"] for s in SEEDS for line in (runs[s] / "log.jsonl").read_text().splitlines()]
     print(f"seconds per update: median {statistics.median(seconds):.2f}, {jobs} runs at a time")
 
@@ -112,7 +137,60 @@ def refl(out, jobs):
     figure.savefig(out / "over_training.png", dpi=90)
 
 
-EXPERIMENTS = dict(refl=refl)
+def imagerefl(out, jobs):
+    """ImageReFL's Table 1 and Figures 5 and 9: what combined generation and AIG keep of the reward, and of the diversity."""
+    kinds = {"refl": ("ReFL", "refl"), "imagerefl": ("ImageReFL", "imagerefl"),
+             "no_diffusion": ("ImageReFL without the diffusion loss", "imagerefl", "--diffusion_weight", 0),
+             "no_refl": ("ImageReFL without ReFL steps", "imagerefl", "--refl_every", 0)}
+    runs = {(kind, seed): out.parent / "refl" / f"run_{seed}" if kind == "refl" else out / f"{kind}_{seed}" for kind in kinds for seed in SEEDS}
+    together(jobs, [lambda k=k, s=s: train(runs[k, s].parent, runs[k, s].name, *kinds[k][1:], "--seed", s) for k, s in runs])
+
+    results = {("real scenes", 0): metrics(out, renders(out))}
+    together(jobs, [lambda g=g: results.update({(f"base, guidance {g}", 0): metrics(out, images(
+        out, f"base_{g}", "--mode", "base", "--lora", runs["refl", 0], "--base_guidance_scale", g))}) for g in (4, 1)])
+
+    def measure(kind, seed):
+        name, run = kinds[kind][0], runs[kind, seed]
+        folder = out / "images" / f"{kind}_{seed}_combined"
+        call(out, folder.name, "combined_sample", "--lora", run, "--mode", "combined", "--base_steps", *BASE_STEPS, "--prompts", held_out_prompts(out),
+             "--num_images", IMAGES, "--out", folder, done=folder / f"base_steps_{BASE_STEPS[-1]}" / "metadata.jsonl")
+        for n in BASE_STEPS:
+            results[f"{name} + combined, {n} base steps", seed] = metrics(out, folder / f"base_steps_{n}", f"{folder.name}_{n}")
+        results[name, seed] = metrics(out, images(out, f"{kind}_{seed}", "--mode", "tuned", "--lora", run))
+        for g in (1, 4) if kind in ("refl", "imagerefl") else ():
+            results[f"{name} + AIG, base guidance {g}", seed] = metrics(
+                out, images(out, f"{kind}_{seed}_aig_{g}", "--mode", "aig", "--lora", run, "--base_guidance_scale", g))
+    together(jobs, [lambda k=k, s=s: measure(k, s) for s in SEEDS for k in kinds])
+    rows = {name: over_seeds([results[n, s] for n, s in sorted(results) if n == name]) for name in dict.fromkeys(n for n, _ in results)}
+    write_table(out, dict(sorted(rows.items(), key=lambda kv: (kv[0][0] not in "br", kv[0].split(",")[0], len(kv[0]), kv[0]))))
+
+    print("\nImageReFL minus ReFL at the same switch point, paired by training seed: mean (each seed)")
+    for n in BASE_STEPS:
+        a, b = (f"{name} + combined, {n} base steps" for name in ("ImageReFL", "ReFL"))
+        differences = {m: [results[a, s][m] - results[b, s][m] for s in SEEDS] for m in METRICS}
+        print(f"  {n:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in differences.items()))
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    shown = [m for m in METRICS if m != "dino_div"]
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.6), constrained_layout=True)
+    for axis, metric in zip(axes, shown):
+        for name, colour in (("ReFL", "tab:blue"), ("ImageReFL", "tab:orange")):
+            curve = [rows[name], *(rows[f"{name} + combined, {n} base steps"] for n in BASE_STEPS), rows["base, guidance 4"]]
+            axis.plot([r["dino_div"][0] for r in curve], [r[metric][0] for r in curve], "o-", color=colour, markersize=3, label=f"{name} + combined")
+            axis.plot(curve[0]["dino_div"][0], curve[0][metric][0], "s", color=colour, label=f"{name} alone")
+            for g, marker in ((1, "x"), (4, "+")):
+                r = rows[f"{name} + AIG, base guidance {g}"]
+                axis.plot(r["dino_div"][0], r[metric][0], marker, color=colour, label=f"{name} + AIG, base guidance {g}")
+        for name, marker in (("base, guidance 4", "k*"), ("base, guidance 1", "k."), ("real scenes", "g^")):
+            axis.plot(rows[name]["dino_div"][0], rows[name][metric][0], marker, label=name)
+        axis.set(xlabel="dino_div", title=metric)
+    axes[0].legend(fontsize=6)
+    figure.savefig(out / "trade_off.png", dpi=80)
+
+
+EXPERIMENTS = dict(refl=refl, imagerefl=imagerefl)
 
 
 def main():

@@ -112,24 +112,30 @@ def write_bert_tokenizer(folder, full):
     return len(words)
 
 
+def modules(name, full, vocab_size):
+    """{part: function that builds it} of a pipeline's networks."""
+    c = (FULL if full else SMALL)[name]
+    channels, down = c["unet"]["channels"], c["unet"]["down"]
+    unet = {k: v for k, v in c["unet"].items() if k not in ("channels", "down")}
+    build = dict(
+        unet=lambda: UNet2DConditionModel(
+            sample_size=c["sample_size"], block_out_channels=channels, down_block_types=down, norm_num_groups=min(32, channels[0] // 2),
+            up_block_types=[x.replace("Down", "Up") for x in reversed(down)], **unet),
+        vae=lambda: AutoencoderKL(
+            block_out_channels=c["vae"], down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
+            norm_num_groups=min(32, c["vae"][0] // 2), sample_size=8 * c["sample_size"], scaling_factor=c["scaling"]))
+    for i, (width, layers, heads, act, projection) in enumerate(c["text"]):
+        config = CLIPTextConfig(vocab_size=vocab_size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, hidden_act=act,
+                                num_attention_heads=heads, projection_dim=projection, bos_token_id=0, eos_token_id=2, pad_token_id=1)
+        build["text_encoder" + "_2" * i] = lambda i=i, config=config: (CLIPTextModelWithProjection if i else CLIPTextModel)(config)
+    return build
+
+
 def write_pipeline(name, folder, full, seed):
     """A diffusers folder; small: both the fp32 files and their fp16 variant, as the hub has them."""
-    c, dtype = (FULL if full else SMALL)[name], torch.float16
-    channels, down = c["unet"]["channels"], c["unet"]["down"]
     tokenizer = clip_tokenizer(full)
-    unet = {k: v for k, v in c["unet"].items() if k not in ("channels", "down")}
-    parts = dict(
-        unet=filled(lambda: UNet2DConditionModel(
-            sample_size=c["sample_size"], block_out_channels=channels, down_block_types=down, norm_num_groups=min(32, channels[0] // 2),
-            up_block_types=[x.replace("Down", "Up") for x in reversed(down)], **unet), seed, dtype),
-        vae=filled(lambda: AutoencoderKL(
-            block_out_channels=c["vae"], down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-            norm_num_groups=min(32, c["vae"][0] // 2), sample_size=8 * c["sample_size"], scaling_factor=c["scaling"]), seed + 1, dtype),
-        tokenizer=tokenizer)
-    for i, (width, layers, heads, act, projection) in enumerate(c["text"]):
-        config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, hidden_act=act,
-                                num_attention_heads=heads, projection_dim=projection, bos_token_id=0, eos_token_id=2, pad_token_id=1)
-        parts["text_encoder" + "_2" * i] = filled(lambda: (CLIPTextModelWithProjection if i else CLIPTextModel)(config), seed + 2 + i, dtype)
+    parts = {part: filled(build, seed + i, torch.float16) for i, (part, build) in enumerate(modules(name, full, len(tokenizer)).items())}
+    parts["tokenizer"] = tokenizer
     betas = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1)
     if name == "sdxl":
         pipe = StableDiffusionXLPipeline(**parts, scheduler=EulerDiscreteScheduler(**betas, timestep_spacing="leading"),
@@ -142,7 +148,7 @@ def write_pipeline(name, folder, full, seed):
         for module in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
             module.float()
         pipe.save_pretrained(folder)
-    for part in ("tokenizer", "tokenizer_2")[:len(c["text"])]:
+    for part in ("tokenizer", "tokenizer_2")[:len(FULL[name]["text"])]:
         write_clip_tokenizer(folder / part, full)
     if name == "sd15":                                                    # the published index names a safety checker, which nobody may need
         index = json.loads((folder / "model_index.json").read_text())
@@ -188,9 +194,8 @@ def write_pick(name, folder, full, seed):
     return folder
 
 
-def write_mps(name, folder, full, seed):
-    """RE-N-Y/mpsv1: a CLIP-H under mps.model, four pairs of parallel blocks under mps.cross_model; biases of its norms are zero buffers."""
-    config = clip_h_config(full, write_processor(folder, full, 224 if full else 42))
+def mps_shapes(config):
+    """{name: shape} of RE-N-Y/mpsv1's model.safetensors: a CLIP-H under mps.model, four pairs of parallel blocks under mps.cross_model."""
     with torch.device("meta"):
         shapes = {f"mps.model.{k}": v for k, v in shapes_of(CLIPModel(config)).items()}
     d = config.projection_dim
@@ -200,9 +205,13 @@ def write_mps(name, folder, full, seed):
                    cross + "to_out.weight": (d, d), cross + "ff.0.weight": (8 * d, d), cross + "ff.2.weight": (d, 4 * d),
                    own + "norm.weight": (d,), own + "norm.bias": (d,), own + "fused_attn_ff_proj.weight": (d + 128 + 8 * d, d),
                    own + "attn_out.weight": (d, d), own + "ff_out.1.weight": (d, 4 * d)}
-    state = draw(shapes, seed)
+    return shapes
+
+
+def write_mps(name, folder, full, seed):
+    state = draw(mps_shapes(clip_h_config(full, write_processor(folder, full, 224 if full else 42))), seed)
     for k in state:
-        if "cross_model" in k and k.endswith("norm.bias"):
+        if "cross_model" in k and k.endswith("norm.bias"):                # a buffer, not a parameter
             state[k].zero_()
     save_file(state, folder / "model.safetensors")
     return folder
