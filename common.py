@@ -450,7 +450,7 @@ class PickScore:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         clip, info = CLIPModel.from_pretrained(model, dtype=dtype, use_safetensors=True, output_loading_info=True)
         if wrong := {k for k in info["missing_keys"] | info["unexpected_keys"] if not k.endswith("position_ids")}:
-            raise ValueError(f"{model} does not fit CLIPModel: {min(wrong)} is missing or unexpected")       # transformers would go on, with random ones
+            raise ValueError(f"{model} does not fit CLIPModel: {min(wrong)} is missing or unexpected")        # transformers would go on
         self.clip = clip.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(processor)
         image = CLIPImageProcessor.from_pretrained(processor)
@@ -556,7 +556,7 @@ class ImageReward:
         vision = self.net["vision"]
         pixels = resize_and_normalise(images, vision.config.image_size, CLIP_MEAN, CLIP_STD).to(vision.dtype)
         states = vision(pixels).last_hidden_state
-        hidden = self.net["text"](input_ids=ids, attention_mask=mask, encoder_hidden_states=states).last_hidden_state      # no is_decoder: bidirectional
+        hidden = self.net["text"](input_ids=ids, attention_mask=mask, encoder_hidden_states=states).last_hidden_state      # bidirectional
         r = self.net["mlp"](hidden[:, 0].float())[:, 0]
         return r if self.raw else (r - 0.16717362830052426) / 1.0333394966054072
 

@@ -379,10 +379,11 @@ def features_of(folders, names, sources, device, batch=32):
 
 
 def write_cache(path, features, key):
+    tmp = path.with_suffix(f".{os.getpid()}.tmp")                         # several evaluations may share a reference
     try:
         path.parent.mkdir(exist_ok=True)
-        save_file({"features": features.contiguous()}, path.with_suffix(".tmp"), {"key": key})
-        path.with_suffix(".tmp").replace(path)
+        save_file({"features": features.contiguous()}, tmp, {"key": key})
+        tmp.replace(path)
     except (OSError, SafetensorError) as e:
         print(f"{path}: features are not kept, cannot write there ({e})")
 

@@ -19,7 +19,8 @@ from diffusers import (AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, Sta
                        UNet2DConditionModel)
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
-from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
+                          CLIPTokenizer)
 
 transformers.logging.disable_progress_bar()
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -223,7 +224,8 @@ def imagereward_shapes(full, vocab_size):
     h, h_inner, layers = (768, 3072, 12) if full else (128, 192, 3)
     linear = lambda name, *shape: {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     v, t = "blip.visual_encoder.", "blip.text_encoder."
-    shapes = {v + "cls_token": (1, 1, w), v + "pos_embed": (1, tokens, w), **linear(v + "patch_embed.proj", w, 3, patch, patch), **linear(v + "norm", w)}
+    shapes = {v + "cls_token": (1, 1, w), v + "pos_embed": (1, tokens, w)}
+    shapes |= linear(v + "patch_embed.proj", w, 3, patch, patch) | linear(v + "norm", w)
     for b in (f"{v}blocks.{i}." for i in range(blocks)):
         shapes |= linear(b + "norm1", w) | linear(b + "attn.qkv", 3 * w, w) | linear(b + "attn.proj", w, w) | linear(b + "norm2", w)
         shapes |= linear(b + "mlp.fc1", inner, w) | linear(b + "mlp.fc2", w, inner)

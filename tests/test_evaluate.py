@@ -423,6 +423,9 @@ def test_features_are_kept_until_something_changes(scenes, vit, tmp_path, capsys
     capsys.readouterr()
     assert value() == true and "not readable" in capsys.readouterr().out
     assert {p.name for p in cache.parent.iterdir()} == {"dino.safetensors"}
+    shutil.rmtree(cache.parent)
+    cache.parent.write_text("not a folder")                                # nowhere to write: said, and no reason to fail
+    assert value() == true and "features are not kept" in capsys.readouterr().out
 
 
 def test_curves_over_the_snapshots_of_a_run(tmp_path, capsys):

@@ -349,7 +349,7 @@ def test_bad_values(capsys, tmp_path, folders, a_run, monkeypatch):
         (["--prompts", "a_folder"], ["a_folder"]),
         (["--test_prompts", "nowhere.txt"], ["nowhere.txt"]),
         (["--model", folders["sd"]], ["--reward"]),
-        (["--model", folders["sd"], "--reward", "toy_pref"], ["--prompts"]),
+        (["--model", folders["sd"], "--reward", "toy_pref"], ["COCO captions", "127.0.0.1"]),           # the default, and no network
         (["--first_mid", "9", "--last_mid", "8"], ["first_mid <= last_mid"]),
         (["--last_mid", "20"], ["num_inference_steps = 20"]),
         (["--first_mid", "-1"], ["first_mid"]),
@@ -376,6 +376,9 @@ def test_bad_values(capsys, tmp_path, folders, a_run, monkeypatch):
     ]
     if not torch.cuda.is_available():
         table += [(["--device", "cuda"], ["cuda", "cpu"]), (["--device", "cuda:1"], ["cuda:1"])]
+    monkeypatch.setenv("COCO_BASE", "http://127.0.0.1:9")
+    monkeypatch.setenv("COCO_CACHE", str(tmp_path / "coco"))
+    monkeypatch.setattr(common.coco, "PAUSE", 0.)
     before = sorted(a_run.rglob("*")), (a_run / "config.json").read_text()
     problems = []
     for argv, words in table:
