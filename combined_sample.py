@@ -37,13 +37,15 @@ import torch
 from tqdm import tqdm
 
 from common import (MODELS, TOY, Parser, base_model, condition, decode, denoise, die, encode_once, generator, initial_latents, load_model,
-                    make_scheduler, merged, pick_device, read_lora, read_prompts, row_of, save_grid, step_options, to_pil,
+                    make_scheduler, merged, pick_device, read_lora, read_prompts, row_of, save_grid, scheduler_step, to_pil,
                     trainable)
 
 BASE = {  # guidance: the default of diffusers' pipeline; the scheduler and its 40 steps: ImageReFL, section 5
     "toy": dict(scheduler="ddpm", num_inference_steps=20, guidance_scale=4.),                                          # ours
     **dict.fromkeys(("sd14", "sd15", "sd21"), dict(scheduler="ddpm", num_inference_steps=40, guidance_scale=7.5)),
     "sdxl": dict(scheduler="ddpm", num_inference_steps=40, guidance_scale=5.),
+    "flux-schnell": dict(scheduler="euler", num_inference_steps=4, guidance_scale=1.),
+    "flux-dev": dict(scheduler="euler", num_inference_steps=28, guidance_scale=3.5),
 }
 
 
@@ -75,12 +77,12 @@ def parse_args(argv=None):
     run = read_run(first.lora)
     model = first.model or run.get("model", "toy")
     row = row_of(BASE, model)
-    trained = dict(row, guidance_scale=1., **({"resolution": run["resolution"]} if run.get("model") == model else {})) | run.get("sampler", {})
+    trained = dict(row, guidance_scale=row["guidance_scale"] if row["scheduler"] == "euler" else 1., **({"resolution": run["resolution"]} if run.get("model") == model else {})) | run.get("sampler", {})
     default = dict(trained, base_guidance_scale=trained["guidance_scale"] if trained["guidance_scale"] > 1 else row["guidance_scale"])
     parser.set_defaults(model=model)
     parser.add_argument("--prompts", default=run.get("test_prompts"), help="text file, a prompt per line (the run's --test_prompts; toy/prompts_test.txt)")
     parser.add_argument("--num_images", type=int, default=5, help="images per prompt")
-    parser.add_argument("--scheduler", choices=("ddpm", "ddim"), default=default["scheduler"], help="ancestral or DDIM")
+    parser.add_argument("--scheduler", choices=("ddpm", "ddim", "euler"), default=default["scheduler"], help="ancestral or DDIM; FLUX's is euler")
     parser.add_argument("--eta", type=float, help="DDIM's noise, 0 to 1 (the run's, else 0)")
     parser.add_argument("--num_inference_steps", type=int, default=default["num_inference_steps"], help="sampling steps")
     parser.add_argument("--guidance_scale", type=float, help=f"of the tuned model; 1 is without guidance ({default['guidance_scale']:g})")
@@ -94,6 +96,8 @@ def parse_args(argv=None):
 
     if args.scheduler == "ddpm" and args.eta not in (None, 1):
         parser.error(f"--eta {args.eta:g} is for --scheduler ddim; ddpm adds all of its noise, as ddim does with eta 1")
+    if args.scheduler == "euler" and args.eta not in (None, 0):
+        parser.error(f"--eta {args.eta:g} is for --scheduler ddim; euler adds no noise")
     if args.eta is None:
         args.eta = 1. if args.scheduler == "ddpm" else default["eta"] if default["scheduler"] == "ddim" and "eta" in default else 0.
     for name in ("num_images", "num_inference_steps", "resolution", "batch_size"):
@@ -168,7 +172,7 @@ def sample_folder(model, prompts, args, out, base_steps=None):
             for i, t in enumerate(scheduler.timesteps):
                 w = weight(args.mode, i, len(scheduler.timesteps), base_steps)
                 noise_pred = mixed_prediction(model, latents, t.to(model.device), cond, uncond, w, args.guidance_scale, args.base_guidance_scale)
-                latents = scheduler.step(noise_pred, t, latents, generator=generators, **step_options(scheduler, args.eta)).prev_sample
+                latents = scheduler_step(scheduler, noise_pred, t, latents, generators, args.eta)
             for (i, k), image in zip(part, decode(model, latents).cpu()):
                 rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompts[i], prompt_id=i, seed=args.seed))
                 to_pil(image).save(out / rows[-1]["file_name"])

