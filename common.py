@@ -31,8 +31,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import (AutoTokenizer, BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPImageProcessor,
-                          CLIPModel)
+from transformers import (AutoModelForSemanticSegmentation, AutoTokenizer, BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig,
+                          BlipVisionModel, CLIPImageProcessor, CLIPModel, SegformerConfig, SegformerForSemanticSegmentation)
 
 from prompts import coco
 
@@ -681,6 +681,47 @@ def load_reward(spec, device):
         die(f"--reward {spec}: cannot load its weights: {textwrap.shorten(f'{type(e).__name__}: {e}', 400)}")
 
 
+class Detector(torch.nn.Module):
+    """An artifact detector: images (B, 3, H, W) in [0, 1] -> confidence (B, size, size) in [0, 1], differentiable. Images are resized, not cropped;
+    logits are upsampled bilinearly, then the sigmoid."""
+
+    def __init__(self, net, size, mean=(.485, .456, .406), std=(.229, .224, .225)):
+        super().__init__()
+        self.net, self.size, self.mean, self.std = net, size, mean, std
+
+    def forward(self, images):
+        size, (mean, std) = (self.size, self.size), (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (self.mean, self.std))
+        images = F.interpolate(images, size, mode="bilinear", antialias=True) if images.shape[2:] != size else images
+        return F.interpolate(self.net((images - mean) / std).logits, size, mode="bilinear")[:, 0].sigmoid()
+
+
+def load_detector(source, device):
+    """A folder or hub id in transformers' format, or the file of a SegFormer's state dict in its published names, 512 pixels -> frozen Detector."""
+    try:
+        if os.path.isfile(source):
+            state, prefix = read_weights(source), "segformer.encoder"
+            config = SegformerConfig(
+                hidden_sizes=[len(state[f"{prefix}.patch_embeddings.{i}.proj.weight"]) for i in range(4)], num_labels=1,
+                depths=[len({k.split(".")[4] for k in state if k.startswith(f"{prefix}.block.{i}.")}) for i in range(4)],
+                decoder_hidden_size=len(state["decode_head.linear_fuse.weight"]))
+            net, info = SegformerForSemanticSegmentation.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+            processor = {}
+        else:
+            processor, (repo, _, revision) = json.loads(fetch(source, "preprocessor_config.json").read_text()), source.partition("@")
+            net, info = AutoModelForSemanticSegmentation.from_pretrained(repo, revision=revision or "main", dtype=torch.float32,
+                                                                         use_safetensors=True, output_loading_info=True)
+        if wrong := {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}:
+            raise ValueError(f"{min(wrong)} is missing, unexpected or of another shape")      # transformers would go on, with random ones
+        if net.config.num_labels != 1:
+            raise ValueError(f"a detector has one class, this network {net.config.num_labels}")
+        like = dict(mean=processor["image_mean"], std=processor["image_std"]) if processor else {}
+        return Detector(net, processor["size"]["height"] if processor else 512, **like).to(device).eval().requires_grad_(False)
+    except (pickle.UnpicklingError, EOFError):
+        die(f"--detector {source}: no checkpoint of plain tensors; one that carries code is never opened")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+        die(f"--detector {source}: cannot load its weights: {textwrap.shorten(f'{type(e).__name__}: {e}', 400)}")
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------
 # runs
 
@@ -824,7 +865,7 @@ class Run:
             die(f"--out {self.dir}: cannot write there ({e.strerror})")
 
     def resume(self, params, optimizer):
-        """Puts the checkpoint's weights and optimizer back, and cuts log lines written after it. Sets .start to the next update."""
+        """Puts the checkpoint's weights and optimizer back, and cuts log lines written after it. Sets .start to its update; returns all it holds."""
         state = torch.load(self.dir / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
         for p, saved in zip(params, state["params"], strict=True):
             p.data.copy_(saved)
@@ -833,13 +874,14 @@ class Run:
         log = self.dir / "log.jsonl"
         lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.start]
         log.write_text("".join(line + "\n" for line in lines))
+        return state
 
     def log(self, **row):
         with open(self.dir / "log.jsonl", "a") as f:
             f.write(json.dumps({k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
-    def save(self, step, params, optimizer, snapshot=True):
-        """Weights for the user, a snapshot of them, and the checkpoint: each written beside its place and then renamed into it."""
+    def save(self, step, params, optimizer, snapshot=True, **more):
+        """Weights for the user, a snapshot of them, and the checkpoint (with `more`): each written beside its place and then renamed into it."""
         def write(folder, fill):
             tmp = folder.with_name(folder.name + ".tmp")
             shutil.rmtree(tmp, ignore_errors=True)
@@ -858,4 +900,4 @@ class Run:
         if snapshot:
             write(self.weights / f"step_{step:06d}", lambda tmp: save_weights(self.model, tmp, rank))
         write(self.dir / "checkpoint", lambda tmp: torch.save(
-            dict(step=step, params=[p.detach().cpu() for p in params], optimizer=optimizer.state_dict()), tmp / "state.pt"))
+            dict(step=step, params=[p.detach().cpu() for p in params], optimizer=optimizer.state_dict(), **more), tmp / "state.pt"))
