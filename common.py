@@ -754,12 +754,13 @@ class Parser(argparse.ArgumentParser):
         model = self.parse_known_args(argv)[0].model
         return row_of(table, model) or die(f"--model {model}: no settings for this family here; known: {', '.join(table)}")
 
-    def finish(self, argv, script):
-        """Second pass: parses, fills the defaults that depend on the model, and refuses what cannot run."""
+    def finish(self, argv, script, own_rewards=()):
+        """Second pass: parses, fills the defaults that depend on the model, and refuses what cannot run. own_rewards: those the script builds."""
         args = self.parse_args(argv)
         toy = args.model == "toy"
         args.reward = args.reward or ("toy_pref" if toy else die(f"--reward is needed with --model {args.model}; known: {', '.join(REWARDS)}"))
-        split_reward(args.reward)
+        if args.reward not in own_rewards:
+            split_reward(args.reward)
         for name, default in dict(prompts=TOY / "prompts_train.txt", test_prompts=TOY / "prompts_test.txt", data=TOY / "images").items():
             if toy and getattr(args, name, "") is None:
                 setattr(args, name, str(default))
