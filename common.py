@@ -101,6 +101,11 @@ class Model:
         return (self.vae.config.latent_channels, side, side)
 
     @property
+    def part(self):
+        """The denoiser's folder in the diffusers format, and its prefix in a LoRA file."""
+        return "transformer" if self.flow else "unet"
+
+    @property
     def flow(self):
         """Whether it is a rectified flow (FLUX): x_t = (1 - sigma) x0 + sigma noise, t = 1000 sigma, the output v = noise - x0."""
         return isinstance(self.pipe, FluxPipeline)
@@ -383,10 +388,10 @@ def save_weights(model, folder, lora_rank):
     """LoRA: folder/pytorch_lora_weights.safetensors, which pipe.load_lora_weights(folder) opens; full: the denoiser in diffusers format."""
     if lora_rank:
         layers = get_peft_model_state_dict(model.denoiser)
-        part, metadata = "transformer" if model.flow else "unet", model.denoiser.peft_config["default"].to_dict()
-        type(model.pipe).save_lora_weights(folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata})
+        metadata = model.denoiser.peft_config["default"].to_dict()
+        type(model.pipe).save_lora_weights(folder, **{f"{model.part}_lora_layers": layers, f"{model.part}_lora_adapter_metadata": metadata})
     else:
-        model.denoiser.save_pretrained(Path(folder) / "unet")
+        model.denoiser.save_pretrained(Path(folder) / model.part)
 
 
 def find_lora(path):
@@ -692,7 +697,7 @@ class Detector(torch.nn.Module):
     def forward(self, images):
         size, (mean, std) = (self.size, self.size), (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (self.mean, self.std))
         images = F.interpolate(images, size, mode="bilinear", antialias=True) if images.shape[2:] != size else images
-        return F.interpolate(self.net((images - mean) / std).logits, size, mode="bilinear")[:, 0].sigmoid()
+        return F.interpolate(self.net((images - mean) / std).logits.float(), size, mode="bilinear")[:, 0].sigmoid()
 
 
 def load_detector(source, device):
