@@ -1,7 +1,7 @@
 """The experiments behind the README's tables: every figure there is printed by this file. Restartable: what is done is not done again.
 
   $ OMP_NUM_THREADS=1 python tests/claims.py refl --out claims --jobs 2             # 3 training runs and their images
-  $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 9 more runs; uses refl's
+  $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 5 more runs; uses refl's
 
 Writes DIR/<experiment>/table.md, results.json and plots. The training seed is the unit: a figure is the mean over seeds, with the standard
 deviation over seeds behind the sign; held-out prompts and image seeds are the same for every row.
@@ -24,7 +24,8 @@ from toy.scenes import render, sample_scene
 SEEDS = (0, 1, 2)
 PROMPTS, IMAGES = 40, 8
 METRICS = ("toy_pref", "toy_pref_b", "toy_correct", "dino_div", "frechet_toy")
-BASE_STEPS = (5, 8, 10, 12, 14, 16, 18)          # of 20: the switch points of combined generation
+BASE_STEPS = (5, 8, 11, 14, 17)                  # of 20: the switch points of combined generation
+SWITCH = 11                                      # the one that the ablations are shown at
 
 
 def call(out, name, script, *words, done=None):
@@ -142,7 +143,8 @@ def imagerefl(out, jobs):
     kinds = {"refl": ("ReFL", "refl"), "imagerefl": ("ImageReFL", "imagerefl"),
              "no_diffusion": ("ImageReFL without the diffusion loss", "imagerefl", "--diffusion_weight", 0),
              "no_refl": ("ImageReFL without ReFL steps", "imagerefl", "--refl_every", 0)}
-    runs = {(kind, seed): out.parent / "refl" / f"run_{seed}" if kind == "refl" else out / f"{kind}_{seed}" for kind in kinds for seed in SEEDS}
+    runs = {(kind, seed): out.parent / "refl" / f"run_{seed}" if kind == "refl" else out / f"{kind}_{seed}"
+            for seed in SEEDS for kind in kinds if seed == 0 or not kind.startswith("no_")}       # the ablations: one seed
     together(jobs, [lambda k=k, s=s: train(runs[k, s].parent, runs[k, s].name, *kinds[k][1:], "--seed", s) for k, s in runs])
 
     results = {("real scenes", 0): metrics(out, renders(out))}
@@ -151,16 +153,17 @@ def imagerefl(out, jobs):
 
     def measure(kind, seed):
         name, run = kinds[kind][0], runs[kind, seed]
+        steps = (SWITCH,) if kind.startswith("no_") else BASE_STEPS
         folder = out / "images" / f"{kind}_{seed}_combined"
-        call(out, folder.name, "combined_sample", "--lora", run, "--mode", "combined", "--base_steps", *BASE_STEPS, "--prompts", held_out_prompts(out),
-             "--num_images", IMAGES, "--out", folder, done=folder / f"base_steps_{BASE_STEPS[-1]}" / "metadata.jsonl")
-        for n in BASE_STEPS:
-            results[f"{name} + combined, {n} base steps", seed] = metrics(out, folder / f"base_steps_{n}", f"{folder.name}_{n}")
+        call(out, folder.name, "combined_sample", "--lora", run, "--mode", "combined", "--base_steps", *steps, "--prompts", held_out_prompts(out),
+             "--num_images", IMAGES, "--out", folder, done=folder / (f"base_steps_{steps[-1]}" if len(steps) > 1 else "") / "metadata.jsonl")
+        for n in steps:
+            results[f"{name} + combined, {n} base steps", seed] = metrics(out, folder / f"base_steps_{n}" if len(steps) > 1 else folder, f"{folder.name}_{n}")
         results[name, seed] = metrics(out, images(out, f"{kind}_{seed}", "--mode", "tuned", "--lora", run))
-        for g in (1, 4) if kind in ("refl", "imagerefl") else ():
+        for g in (1, 4) if kind == "refl" else ():
             results[f"{name} + AIG, base guidance {g}", seed] = metrics(
                 out, images(out, f"{kind}_{seed}_aig_{g}", "--mode", "aig", "--lora", run, "--base_guidance_scale", g))
-    together(jobs, [lambda k=k, s=s: measure(k, s) for s in SEEDS for k in kinds])
+    together(jobs, [lambda k=k, s=s: measure(k, s) for k, s in runs])
     rows = {name: over_seeds([results[n, s] for n, s in sorted(results) if n == name]) for name in dict.fromkeys(n for n, _ in results)}
     write_table(out, dict(sorted(rows.items(), key=lambda kv: (kv[0][0] not in "br", kv[0].split(",")[0], len(kv[0]), kv[0]))))
 
@@ -180,10 +183,8 @@ def imagerefl(out, jobs):
             curve = [rows[name], *(rows[f"{name} + combined, {n} base steps"] for n in BASE_STEPS), rows["base, guidance 4"]]
             axis.plot([r["dino_div"][0] for r in curve], [r[metric][0] for r in curve], "o-", color=colour, markersize=3, label=f"{name} + combined")
             axis.plot(curve[0]["dino_div"][0], curve[0][metric][0], "s", color=colour, label=f"{name} alone")
-            for g, marker in ((1, "x"), (4, "+")):
-                r = rows[f"{name} + AIG, base guidance {g}"]
-                axis.plot(r["dino_div"][0], r[metric][0], marker, color=colour, label=f"{name} + AIG, base guidance {g}")
-        for name, marker in (("base, guidance 4", "k*"), ("base, guidance 1", "k."), ("real scenes", "g^")):
+        for name, marker in (("base, guidance 4", "k*"), ("base, guidance 1", "k."), ("real scenes", "g^"), ("ReFL + AIG, base guidance 1", "bx"),
+                             ("ReFL + AIG, base guidance 4", "b+")):
             axis.plot(rows[name]["dino_div"][0], rows[name][metric][0], marker, label=name)
         axis.set(xlabel="dino_div", title=metric)
     axes[0].legend(fontsize=6)

@@ -26,7 +26,7 @@ from toy.training import DEVICE, ROOT, WORK, fit, rng_of, to_batch
 
 SCENES = 30_720                                                   # rendered once, in training captions only
 VAE_STEPS, VAE_CROP_STEPS = 3000, 2300                            # the first ones on crops around an object
-SD_STEPS = (3550, 5000)                                           # layout, shapes
+SD_STEPS = (3550, 5000)                                           # layout; shapes, twice
 
 
 def scenes():
@@ -160,9 +160,10 @@ def train_sd(name, shape, layout_steps, shape_steps, batch=32):
 
     modules = {"unet": unet, "text_encoder": text_encoder}
     fit(name, modules, functools.partial(step_fn, noisy=.3), 6000, lr=1e-3, ema=.999, stop=layout_steps)
-    for module in modules.values():
-        module.requires_grad_(True)
-    fit(f"{name}_shapes", modules, functools.partial(step_fn, noisy=.05), shape_steps, lr=7e-4, ema=.999)
+    for part in ("shapes", "more"):                              # a second cycle of the learning rate: one object .56 right after the first
+        for module in modules.values():
+            module.requires_grad_(True)
+        fit(f"{name}_{part}", modules, functools.partial(step_fn, noisy=.05), shape_steps, lr=7e-4, ema=.999)
     return unet, text_encoder, tokenizer
 
 
