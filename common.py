@@ -183,9 +183,14 @@ def load_model(name, device, resolution=None, full=False):
             files = list_repo_files(repo, revision=revision or None)
     half = any(f.endswith(".fp16.safetensors") for f in files) and not full     # half the download; bf16 rounds it anyway
     extra = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if cls is StableDiffusionPipeline else {}
+    options = dict(revision=revision or None, variant="fp16" if half else None, use_safetensors=True)
     try:
-        pipe = cls.from_pretrained(repo, revision=revision or None, variant="fp16" if half else None, use_safetensors=True,
-                                   dtype={"default": dtype, part: torch.float32 if full else dtype}, **extra)
+        for key, value in json.loads(fetch(source, "model_index.json").read_text()).items():
+            if key.startswith("text_encoder") and value[0] == "transformers":      # by itself: a missing tensor would be random, and diffusers silent
+                extra[key], info = getattr(transformers, value[1]).from_pretrained(repo, subfolder=key, dtype=dtype, output_loading_info=True, **options)
+                if info["missing_keys"]:
+                    die(f"--model {name}: the weights of its {key} lack {min(info['missing_keys'])}")
+        pipe = cls.from_pretrained(repo, dtype={"default": dtype, part: torch.float32 if full else dtype}, **extra, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         die(f"--model {name}: {e}")
     pipe.set_progress_bar_config(disable=True)
@@ -702,6 +707,7 @@ class Detector(torch.nn.Module):
 
 def load_detector(source, device):
     """A folder or hub id in transformers' format, or the file of a SegFormer's state dict in its published names, 512 pixels -> frozen Detector."""
+    source = str(source)
     try:
         if os.path.isfile(source):
             state, prefix = read_weights(source), "segformer.encoder"
@@ -721,7 +727,7 @@ def load_detector(source, device):
             raise ValueError(f"a detector has one class, this network {net.config.num_labels}")
         like = dict(mean=processor["image_mean"], std=processor["image_std"]) if processor else {}
         return Detector(net, processor["size"]["height"] if processor else 512, **like).to(device).eval().requires_grad_(False)
-    except (pickle.UnpicklingError, EOFError):
+    except (pickle.UnpicklingError, EOFError, IndexError):
         die(f"--detector {source}: no checkpoint of plain tensors; one that carries code is never opened")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
         die(f"--detector {source}: cannot load its weights: {textwrap.shorten(f'{type(e).__name__}: {e}', 400)}")
