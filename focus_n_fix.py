@@ -184,10 +184,10 @@ def draft(model, scheduler, latents, cond, guidance_scale, uncond, grad_steps):
 
 
 def compare(run, prompts, sampler, base, mask, step):
-    """Held-out images beside the base model's: samples/region_*.png holds I0 | M | I | |I - I0|, a row a prompt. Returns test_outside and
-    test_inside, the change as in the loss's default."""
+    """Held-out images beside the base model's: samples/region_*.png holds I0 | M | I | 3 |I - I0|, a row a prompt. Returns test_outside and
+    test_inside, the change as in the loss's default form."""
     images = generate(run.model, prompts, run.args.seed, sampler, purpose="held-out")
-    rows = torch.stack([base, mask.expand_as(base), images, (images - base).abs()], 1).flatten(0, 1)
+    rows = torch.stack([base, mask.expand_as(base), images, 3 * (images - base).abs()], 1).flatten(0, 1)
     save_grid(rows, run.dir / "samples" / f"region_{step:06d}.png", columns=4)
     return dict(test_outside=change(images, base, 1 - mask).mean().item(), test_inside=change(images, base, mask).mean().item())
 
