@@ -14,10 +14,10 @@ Treat: sample the whole way, look at the image through the frozen detector, and 
 
 Differences from the paper and its released code, which has the second half only:
 1. Eq. 3 is a norm; ours is the mean square over elements, t uniform through the model's shift. The release leaves real latents unshifted.
-2. The gradient stops where the paper says (the release's truncation never fires), and no draw reads or resets the global generator.
+2. The gradient stops where the paper says; the release's truncation never fires.
 3. Early stopping is the paper's advice without a rule. Ours: held-out confidence has not fallen for --patience evaluations, or the images are
    further from their first version than --max_drift times the distance between two different images. Every snapshot is kept.
-4. The paper gives no optimizer, batch, crop or threshold for the detector: those, and the augmentation's numbers, are ours or UniMatch's.
+4. The paper gives no numbers for the detector's training: optimizer and thresholds are ours, the strong augmentation UniMatch's.
 
   $ python diffdoctor.py treat                                                                    # the toy world, minutes on two CPU cores
   $ python diffdoctor.py treat --model flux-schnell --detector ad_pytorch_model.bin --prompts prompts.txt --gamma 0
@@ -45,7 +45,7 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation
 from common import (MODELS, REWARDS, TOY, Detector, Parser, Run, condition, decode, denoise, die, diffusion_target, encode, encode_once, generate,
                     generator, initial_latents, load_detector, load_model, load_reward, make_scheduler, merged, pick_device, print_settings,
                     read_prompts, row_of, sample, save_grid, to_pil, trainable)
-from prompts.coco import ImageFolder, image_batches, image_data, to_tensor
+from prompts.coco import image_batches, image_data, to_tensor
 
 PAPER = {  # section 4.1; gamma: Eq. 4; dev's 10 steps: section 4.3. Its SD1.5 was treated without the regulariser
     "flux-schnell": dict(lr=1e-4, lora_rank=16, num_inference_steps=5, grad_steps=1, gamma=.25),
@@ -82,11 +82,10 @@ def parse_args(argv=None):
         parser.add_argument("--init", default="toy", help="toy: toy/detector's architecture, untrained; mit-b5: SegFormer-b5 on ImageNet's weights "
                             "(nvidia/mit-b5, not for commercial use); else a detector's folder or file to go on from")
         start = [a for a in argv if a not in ("-h", "--help")]
-        row = DETECTOR["toy" if parser.parse_known_args(start)[0].init == "toy" else "mit-b5"]
+        row = DETECTOR.get(parser.parse_known_args(start)[0].init, dict(DETECTOR["mit-b5"], size=None))
         parser.add_argument("--data", nargs="+", required=True, help="labelled folders: images/, maps/ (grey: the confidence), meta.jsonl")
         parser.add_argument("--real", nargs="+", default=[], help="folders of photographs with metadata.jsonl: nothing is wrong in them")
-        parser.add_argument("--size", type=int, default=row["size"], help="pixels of the detector's input")
-        parser.add_argument("--dynamic_threshold", type=float, default=.1, help="pseudo-labelled images are shrunk if no pixel reaches it")      # ours
+        parser.add_argument("--size", type=int, default=row["size"], help="pixels of the detector's input (those of --init)")
         parser.add_argument("--train_steps", type=int, default=row["train_steps"], help="optimizer updates")
         parser.add_argument("--batch_size", type=int, default=row["batch_size"], help="images per update, half of them pseudo-labelled")
         parser.add_argument("--lr", type=float, default=row["lr"], help="learning rate of the backbone, falling as a cosine")
@@ -98,8 +97,6 @@ def parse_args(argv=None):
     if command in ("score", "export_hard", "pseudo"):
         parser.add_argument("--detector", required=True, help="folder or hub id in transformers' format, or the released file ad_pytorch_model.bin")
         parser.add_argument("--images", required=True, help="folder with metadata.jsonl: file_name, text and, for score, category")
-    if command == "score":
-        parser.add_argument("--factor", type=float, default=1.5, help="a category is abnormal above so many times the median category's mean")     # ours
     if command == "export_hard":
         parser.add_argument("--scores", required=True, help="what score wrote about the same images")
         parser.add_argument("--categories", nargs="+", help="instead of those that score found abnormal")
@@ -114,17 +111,16 @@ def parse_args(argv=None):
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
         parser.add_argument("--out", required=True, help="run folder" if command == "detector" else "folder to write")
     args = parser.parse_args(argv)
-    for name in ("train_steps", "batch_size", "save_every", "max_images", "size"):
-        if getattr(args, name, 1) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1")
-    for name in ("threshold", "dynamic_threshold", "lr", "head_lr"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            parser.error(f"--{name} {getattr(args, name):g}: 0 to 1")
-    if not getattr(args, "factor", 1) > 0:
-        parser.error(f"--factor {args.factor:g}: above 0")
+    for name, low, high in (("train_steps", 1, math.inf), ("batch_size", 1, math.inf), ("save_every", 1, math.inf), ("max_images", 1, math.inf),
+                            ("size", 1, math.inf), ("threshold", 0, 1), ("lr", 0, 1), ("head_lr", 0, 1)):
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} {value:g}: at least 1" if high > 1 else f"--{name} {value:g}: 0 to 1")
     out = Path(args.out)
-    if command == "detector" and args.resume != (out / "checkpoint" / "state.pt").is_file():
-        parser.error(f"--resume: {out} has no checkpoint" if args.resume else f"{out} holds a run already: continue it with --resume, or choose another --out")
+    if command == "detector" and args.resume and not (out / "checkpoint" / "state.pt").is_file():
+        parser.error(f"--resume: {out} has no checkpoint; start without --resume, or name the run folder with --out")
+    if command == "detector" and not args.resume and (out / "config.json").exists():
+        parser.error(f"{out} holds a run already: continue it with --resume, or choose another --out")
     if command not in ("detector", "import_labels") and out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         parser.error(f"--out {out} exists and is not an empty folder: choose another one, or delete it")
     return args
@@ -236,10 +232,10 @@ def weak(image, label, draw):
     return both[:3], both[3:]
 
 
-def shrink_and_pad(image, label, draw, threshold):
-    """The paper's dynamic augmentation: an image without a pixel at `threshold` becomes a small one somewhere on black, its label alike: what a
-    detector wrongly fears is small and intricate. Images with higher confidence are never touched. Scale .25 to .75, any position: ours."""
-    if label.max() >= threshold:
+def shrink_and_pad(image, label, draw):
+    """The paper's dynamic augmentation: an image without a pixel at .1 becomes a small one somewhere on black, its label alike: what a detector
+    wrongly fears is small and intricate. Images with higher confidence are never touched. The .1, scale .25 to .75, any position: ours."""
+    if label.max() >= .1:
         return image, label
     size = image.shape[-1]
     side = max(1, round(size * uniform(draw, .25, .75)))
@@ -284,10 +280,10 @@ def cutmix(images, labels, draw):
     return out
 
 
-def augment(images, labels, is_pseudo, draw, threshold):
+def augment(images, labels, is_pseudo, draw):
     """images (B, 3, S, S), labels (B, 1, S, S): weak for all; pseudo-labelled ones are shrunk if harmless, then made hard to recognise and mixed."""
     pairs = [weak(image, label, draw) for image, label in zip(images, labels)]
-    pairs = [shrink_and_pad(*pair, draw, threshold) if p else pair for pair, p in zip(pairs, is_pseudo)]
+    pairs = [shrink_and_pad(*pair, draw) if p else pair for pair, p in zip(pairs, is_pseudo)]
     pairs = [(strong(image, draw), label) if p else (image, label) for (image, label), p in zip(pairs, is_pseudo)]
     images, labels = (torch.stack(x) for x in zip(*pairs))
     at = [i for i, p in enumerate(is_pseudo) if p]
@@ -312,7 +308,7 @@ def read_image(path, mode, size=None):
 
 
 class Labelled(Dataset):
-    """Items i: (image (3, size, size), label (1, size, size) or zeros where nothing is wrong, i); rows: the meta.jsonl lines, with paths."""
+    """Items i: (image (3, size, size), label (1, size, size), zeros without a map, i); rows: dicts with the paths "image" and "map"."""
 
     def __init__(self, rows, size):
         self.rows, self.size = rows, size
@@ -362,27 +358,20 @@ def read_labels(folders, real):
     return rows
 
 
-class Unlabelled(Dataset):
-    """Items i: (image (3, size, size), i) of a folder with metadata.jsonl; .names, .categories ("" where a line has none), .paths."""
-
-    def __init__(self, folder, size):
-        self.paths, self.size = [path for path, _ in image_data(folder, size).items], size
-        rows = [json.loads(line) for line in (Path(folder) / "metadata.jsonl").read_text(encoding="utf-8").split("\n") if line.strip()]
-        self.names, self.categories = [row["file_name"] for row in rows], [str(row.get("category", "")) for row in rows]
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return read_image(self.paths[i], "RGB", self.size), i
+def read_unlabelled(folder):
+    """The rows of a folder with metadata.jsonl: file_name, the path of the image, and the category, "" where a line has none."""
+    paths = [path for path, _ in image_data(folder, 8).items]             # checks the list
+    rows = [json.loads(line) for line in (Path(folder) / "metadata.jsonl").read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [dict(file_name=row["file_name"], image=path, category=str(row.get("category", ""))) for path, row in zip(paths, rows)]
 
 
 @torch.no_grad()
-def diagnose(detector, data, indices, device):
-    """Yields (i, map (size, size) on the CPU) for each index of an Unlabelled folder."""
-    parts = [indices[i:i + 16] for i in range(0, len(indices), 16)]
-    for images, at in tqdm(image_batches(data, parts, workers=4 if device.type == "cuda" else 0), total=len(parts), desc="diagnose"):
-        yield from zip(at.tolist(), detector(images.to(device)).cpu())
+def diagnose(detector, rows, device):
+    """Yields (row, map (size, size) on the CPU)."""
+    parts = [range(i, min(i + 16, len(rows))) for i in range(0, len(rows), 16)]
+    batches = image_batches(Labelled([dict(image=row["image"]) for row in rows], detector.size), parts, workers=4 if device.type == "cuda" else 0)
+    for images, _, at in tqdm(batches, total=len(parts), desc="diagnose"):
+        yield from zip([rows[i] for i in at], detector(images.to(device)).cpu())
 
 
 def overlay(images, maps):
@@ -403,17 +392,17 @@ def write_lines(path, rows):
     tmp.replace(path)
 
 
-def write_labelled(out, data, found, source):
-    """Images and predicted maps of (i, map) pairs, at the image's own size, as a labelled folder; meta.jsonl last. -> number of images."""
+def write_labelled(out, found, source):
+    """Images and predicted maps of (row, map) pairs, at the image's own size, as a labelled folder; meta.jsonl last. -> number of images."""
     rows = []
     for folder in ("images", "maps", *(["overlays"] if source == "human" else [])):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    for i, confidence in found:
-        image, name = read_image(data.paths[i], "RGB"), content_name(data.paths[i])
+    for row, confidence in found:
+        image, name = read_image(row["image"], "RGB"), content_name(row["image"])
         large = F.interpolate(confidence[None, None], image.shape[1:], mode="bilinear")[0]
         to_pil(image).save(out / "images" / name)
         to_pil(large.expand(3, -1, -1)).convert("L").save(out / "maps" / name)
-        rows.append(dict(file_name=name, category=data.categories[i], split="train", source=source, original=data.names[i]))
+        rows.append(dict(file_name=name, category=row["category"], split="train", source=source, original=row["file_name"]))
         if source == "human":
             to_pil(torch.cat([image, overlay(image[None], large)[0]], 2)).save(out / "overlays" / name)
             rows[-1]["exported"] = hashlib.sha256((out / "maps" / name).read_bytes()).hexdigest()
@@ -425,21 +414,20 @@ def write_labelled(out, data, found, source):
 # the commands
 
 
-def abnormal(means, factor):
-    """{category: mean confidence} -> the categories above `factor` times the median category's, most suspicious first."""
+def abnormal(means):
+    """{category: mean confidence} -> the categories above 1.5 times the median one's (ours), most suspicious first."""
     middle = torch.tensor(list(means.values())).median().item()
-    return sorted((c for c in means if means[c] > factor * middle), key=lambda c: -means[c])
+    return sorted((c for c in means if means[c] > 1.5 * middle), key=lambda c: -means[c])
 
 
 def score(args):
     device = pick_device(args.device)
     detector = load_detector(args.detector, device)
-    data = Unlabelled(args.images, detector.size)
-    rows = [dict(file_name=data.names[i], category=data.categories[i], mean=m.mean().item(), max=m.max().item())
-            for i, m in diagnose(detector, data, list(range(len(data))), device)]
-    of = {c: [row for row in rows if row["category"] == c] for c in dict.fromkeys(data.categories)}
+    rows = [dict(file_name=row["file_name"], category=row["category"], mean=m.mean().item(), max=m.max().item())
+            for row, m in diagnose(detector, read_unlabelled(args.images), device)]
+    of = {c: [row for row in rows if row["category"] == c] for c in {row["category"] for row in rows}}
     means = {c: sum(row["mean"] for row in part) / len(part) for c, part in of.items()}
-    high = abnormal(means, args.factor)
+    high = abnormal(means)
     print(f"{'category':<30} {'images':>7} {'mean %':>7} {'max %':>7}")
     for c in sorted(means, key=lambda c: -means[c]):
         worst = sum(row["max"] for row in of[c]) / len(of[c])
@@ -451,20 +439,18 @@ def score(args):
 
 def export_hard(args):
     device, path = pick_device(args.device), Path(args.scores) / "scores.jsonl"
-    detector = load_detector(args.detector, device)
-    data = Unlabelled(args.images, detector.size)
+    detector, of = load_detector(args.detector, device), {row["file_name"]: row for row in read_unlabelled(args.images)}
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         hard = [row for row in rows if row["max"] >= args.threshold and (row["category"] in args.categories if args.categories else row["abnormal"])]
     except (OSError, ValueError, KeyError, TypeError):
         die(f"--scores {args.scores}: no scores.jsonl of `diffdoctor.py score` there")
-    at = {name: i for i, name in enumerate(data.names)}
-    if lost := [row["file_name"] for row in hard if row["file_name"] not in at]:
+    if lost := [row["file_name"] for row in hard if row["file_name"] not in of]:
         die(f"--scores {args.scores} knows {lost[0]}, which is not in {args.images}")
     if not hard:
         die(f"no image of {', '.join(args.categories or ['an abnormal category'])} reaches --threshold {args.threshold:g}")
     out = Path(args.out)
-    n = write_labelled(out, data, diagnose(detector, data, [at[row["file_name"]] for row in hard[:args.max_images]], device), "human")
+    n = write_labelled(out, diagnose(detector, [of[row["file_name"]] for row in hard[:args.max_images]], device), "human")
     print(f"{n} images: look at {out / 'overlays'}, paint {out / 'maps'} (white: wrong, black: fine), delete images you cannot judge from "
           f"{out / 'images'}, then: python diffdoctor.py import_labels --labels {out} --out DATASET")
 
@@ -482,6 +468,8 @@ def import_labels(args):
         try:
             with Image.open(row["map"]) as image, Image.open(row["image"]) as picture:
                 pixels = to_tensor(image.convert("RGB"))
+                if image.mode[0] in "IF":
+                    die(f"{row['map']} has more than 8 bits a pixel: save it as 8-bit grey")
                 if image.size != picture.size:
                     die(f"{row['map']} has {image.width} x {image.height} pixels, its image {picture.width} x {picture.height}")
         except (OSError, SyntaxError, ValueError) as e:
@@ -502,14 +490,13 @@ def import_labels(args):
 
 def pseudo(args):
     device = pick_device(args.device)
-    detector = load_detector(args.detector, device)
-    data = Unlabelled(args.images, detector.size)
+    detector, rows = load_detector(args.detector, device), read_unlabelled(args.images)
     labelled = {row["file_name"] for folder in args.exclude for row in read_meta(folder)}
-    rest = [i for i in range(len(data)) if content_name(data.paths[i]) not in labelled]
+    rest = [row for row in rows if content_name(row["image"]) not in labelled]
     if not rest:
         die(f"every image of {args.images} is in {', '.join(args.exclude)}")
-    n = write_labelled(Path(args.out), data, diagnose(detector, data, rest, device), "pseudo")
-    print(f"{n} pseudo labels: {args.out}; {len(data) - n} images were labelled before")
+    n = write_labelled(Path(args.out), diagnose(detector, rest, device), "pseudo")
+    print(f"{n} pseudo labels: {args.out}; {len(rows) - n} images were labelled before")
 
 
 def start_detector(init, seed, size, device):
@@ -529,7 +516,7 @@ def start_detector(init, seed, size, device):
                 die(f"--init {init}: {BACKBONE[init]} lacks {min(lost)}")
         else:
             detector = load_detector(init, device)
-            detector.size = size
+            detector.size = size or detector.size
             return detector.requires_grad_(True)
     torch.nn.init.constant_(net.decode_head.classifier.bias, -2.)         # most pixels are fine
     return Detector(net, size).to(device)
@@ -575,8 +562,8 @@ def train_detector(args):
     rows = read_labels(args.data, args.real)
     if not any(row["source"] == "human" and row["split"] == "train" for row in rows):
         die(f"--data {' '.join(args.data)}: no true label (source human, split train) to learn from")
-    data = Labelled(rows, args.size)
     detector = start_detector(args.init, args.seed, args.size, device)
+    args.size, data = detector.size, Labelled(rows, detector.size)
     named = dict(detector.named_parameters())
     head = [p for n, p in named.items() if "decode_head" in n]
     optimizer = torch.optim.AdamW([dict(params=[p for n, p in named.items() if "decode_head" not in n], lr=args.lr), dict(params=head, lr=args.head_lr)],
@@ -595,7 +582,7 @@ def train_detector(args):
     for step in (bar := tqdm(range(run.start + 1, args.train_steps + 1), initial=run.start, total=args.train_steps, desc="detector")):
         start, (images, labels, at) = time.time(), next(batches)
         images, labels = augment(images.to(device), labels.to(device), [rows[i]["source"] == "pseudo" for i in at.tolist()],
-                                 generator(args.seed, "augment", step), args.dynamic_threshold)
+                                 generator(args.seed, "augment", step))
         detector.train()
         for group, lr in zip(optimizer.param_groups, (args.lr, args.head_lr)):
             group["lr"] = lr * .5 * (1 + math.cos(math.pi * (step - 1) / args.train_steps))

@@ -116,6 +116,21 @@ def test_a_flux_folder_is_known_by_its_config_and_a_wrong_scheduler_is_refused(r
         load_model(str(root / "schnell"), CPU, full=True)
 
 
+def test_fp32_trainables_on_a_bf16_flux(root):
+    """What a GPU runs, here on a CPU: close to the network in plain bf16 (which rounds time and guidance as published), fp32 gradients."""
+    model, plain = load_model(str(root / "dev"), CPU), load_model(str(root / "dev"), CPU)
+    for m in (model, plain):
+        torch.nn.Module.to(m.denoiser, torch.bfloat16)
+    model.dtype, params = torch.bfloat16, trainable(model, 4)
+    x, cond, t = initial_latents(model, [generator(0, "x")]), condition(model, PROMPTS[:1]), torch.tensor(600.)
+    out = denoise(model, x, t, cond, 3.5)
+    with torch.no_grad():
+        reference = common._flux(plain, x.bfloat16(), t, {k: v.bfloat16() for k, v in cond.items()}, 3.5).float()
+    assert out.dtype == torch.float32 and (out - reference).abs().max() < .05 * reference.abs().max()
+    out.square().mean().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in params) and any(p.grad.abs().max() > 0 for p in params)
+
+
 def test_a_flux_lora_opens_in_plain_diffusers(root, tmp_path):
     model = load_model(str(root / "schnell"), CPU)
     common.encode_once(model, PROMPTS)
@@ -257,12 +272,12 @@ def test_weak_augmentation_moves_image_and_label_alike():
 def test_only_harmless_images_are_shrunk_and_label_alike():
     image, label = marked()
     for i in range(20):
-        a, b = diffdoctor.shrink_and_pad(image, label, generator(0, "s", i), .1)
+        a, b = diffdoctor.shrink_and_pad(image, label, generator(0, "s", i))
         assert a is image and b is label                                           # high confidence: never touched
     low = (.09 * label, torch.cat([.09 * label, image[1:] * 0 + 1]))
     sides = set()
     for i in range(40):
-        a, b = diffdoctor.shrink_and_pad(low[1], low[0], generator(0, "s", i), .1)
+        a, b = diffdoctor.shrink_and_pad(low[1], low[0], generator(0, "s", i))
         rows, columns = a[1].amax(1).nonzero()[:, 0], a[1].amax(0).nonzero()[:, 0]       # ones where the small image is, padding elsewhere
         side = len(rows)
         sides.add(side)
@@ -280,7 +295,7 @@ def test_strong_augmentation_changes_pixels_in_range_and_no_label():
     grey = (seen.amax(1) - seen.amin(1)).amax((1, 2)) < 1e-5
     assert 2 <= grey.sum() <= 15
     images, labels = torch.stack([image] * 4), torch.stack([label] * 4)
-    out, after = diffdoctor.augment(images, labels, [False] * 4, generator(0, "a"), .1)
+    out, after = diffdoctor.augment(images, labels, [False] * 4, generator(0, "a"))
     assert torch.equal(out[:, :1], after)                                          # true labels: the weak ones alone
 
 
@@ -368,8 +383,8 @@ def test_a_batch_is_half_pseudo_and_its_rest_partly_photographs():
 
 
 def test_abnormal_categories():
-    assert diffdoctor.abnormal(dict(hand=.3, dog=.05, tree=.04, text=.2, sky=.06), 1.5) == ["hand", "text"]
-    assert diffdoctor.abnormal({"": .3}, 1.5) == []
+    assert diffdoctor.abnormal(dict(hand=.3, dog=.05, tree=.04, text=.2, sky=.06)) == ["hand", "text"]
+    assert diffdoctor.abnormal({"": .3}) == []
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +511,7 @@ def test_resuming_a_detector_is_exact(world, tmp_path, monkeypatch, init):
         diffdoctor.save_detector(common.Detector(SegformerForSemanticSegmentation(config), 64), tmp_path / "segformer")
         init = tmp_path / "segformer"
     words = ["detector", "--init", init, "--data", world / "labelled", "--train_steps", 4, "--save_every", 2, "--batch_size", 4, "--lr", 1e-3, "--head_lr", 1e-3,
-             "--size", 64, "--device", "cpu"]
+             "--device", "cpu"]
     torch.manual_seed(1)
     doctor(*words, "--out", tmp_path / "whole")
     torch.manual_seed(2)
@@ -624,7 +639,7 @@ def test_bad_values(root, world, tmp_path, capsys, monkeypatch):
         (tmp_path / name / "images").mkdir(parents=True)
         (tmp_path / name / "meta.jsonl").write_text(text)
     Image.new("RGB", (8, 8)).save(tmp_path / "real" / "images" / "a.png")
-    for name, maps in dict(small=Image.new("L", (4, 4)), red=Image.new("RGB", (8, 8), (255, 0, 0)), none=None, text=b"no image").items():
+    for name, maps in dict(small=Image.new("L", (4, 4)), deep=Image.new("I;16", (8, 8)), red=Image.new("RGB", (8, 8), (255, 0, 0)), none=None, text=b"no image").items():
         (tmp_path / name / "images").mkdir(parents=True), (tmp_path / name / "maps").mkdir()
         (tmp_path / name / "meta.jsonl").write_text('{"file_name": "a.png", "split": "train", "source": "human"}')
         Image.new("RGB", (8, 8)).save(tmp_path / name / "images" / "a.png")
@@ -657,7 +672,6 @@ def test_bad_values(root, world, tmp_path, capsys, monkeypatch):
         ([*tune, "--detector", TOY / "detector", "--prompts", "few.txt", "--gamma", 0], ["few.txt", "last 100", "--test_prompts"]),
         ([*whole, "--lora_rank", 0], ["LoRA"]),
         ([*whole, "--resume", "--out", "new"], ["no checkpoint"]),
-        (["score", *look, "--factor", 0], ["--factor 0"]),
         (["score", *look[:4], "--out", "full"], ["full", "not an empty folder"]),
         (["score", *look[:2], "--images", "nowhere", "--out", "new"], ["metadata.jsonl"]),
         (["score", "--images", world / "new", "--out", "new"], ["--detector"]),
@@ -671,6 +685,7 @@ def test_bad_values(root, world, tmp_path, capsys, monkeypatch):
         (["import_labels", "--labels", "out", "--out", "new"], ["outside the folder"]),
         (["import_labels", "--labels", "small", "--out", "new"], ["4 x 4", "8 x 8"]),
         (["import_labels", "--labels", "red", "--out", "new"], ["colours"]),
+        (["import_labels", "--labels", "deep", "--out", "new"], ["8-bit grey"]),
         (["import_labels", "--labels", "none", "--out", "new"], ["missing"]),
         (["import_labels", "--labels", "text", "--out", "new"], ["not a readable image"]),
         (["pseudo", *look, "--exclude", "nowhere"], ["nowhere", "meta.jsonl"]),
@@ -680,6 +695,7 @@ def test_bad_values(root, world, tmp_path, capsys, monkeypatch):
         (["detector", "--data", world / "labelled", "--real", "nowhere", "--out", "new"], ["nowhere"]),
         (["detector", "--data", world / "labelled", "--init", "nowhere/at", "--out", "new"], ["nowhere/at"]),
         (["detector", "--data", world / "labelled", "--lr", 2, "--out", "new"], ["--lr 2"]),
+        (["detector", "--data", world / "labelled", "--size", 0, "--out", "new"], ["--size 0"]),
         (["detector", "--data", world / "labelled", "--train_steps", 0, "--out", "new"], ["--train_steps 0"]),
         (["detector", "--data", world / "labelled", "--resume", "--out", "new"], ["no checkpoint"]),
     ]
@@ -700,8 +716,12 @@ def test_bad_values(root, world, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "new").exists() and not (tmp_path / "runs").exists()
 
 
-def test_the_commands_of_the_docstring_parse(tmp_path, monkeypatch):
+def test_the_commands_of_the_docstring_parse(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for command in diffdoctor.COMMANDS:
+        with pytest.raises(SystemExit) as e:
+            diffdoctor.parse_args([command, "--help"])
+        assert e.value.code == 0 and "--out" in capsys.readouterr().out
     said = [line.split("#")[0].split("diffdoctor.py ", 1)[1].split() for line in diffdoctor.__doc__.splitlines() if line.startswith("  $ ")]
     assert {words[0] for words in said} == diffdoctor.COMMANDS.keys()
     for words in said:
