@@ -146,7 +146,7 @@ def test_grad_cam_against_its_closed_form(clip):
     for part in (attention.q_proj, attention.k_proj, block.mlp.fc2):
         part.weight.zero_(), part.bias.zero_()
     try:
-        images, direction, seen = draw(2, 3, 32, 32), draw(16, seed=1) - .5, []
+        images, direction, seen = draw(6, 3, 32, 32), draw(16, seed=1) - .5, []
         score = lambda images: (features(clip, images) * direction).sum(-1)
         cam = grad_cam(block.layer_norm1, score, images)
         hooks = [m.register_forward_hook(lambda m, a, out: seen.append(out)) for m in (block.layer_norm1, block)]
@@ -158,10 +158,11 @@ def test_grad_cam_against_its_closed_form(clip):
         tail = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(token)), dim=-1) @ direction
         (g,) = torch.autograd.grad(tail.sum(), token)
         w = g @ attention.out_proj.weight @ attention.v_proj.weight / 17                              # (B, D)
-        expected = torch.relu((a[:, 1:] * w[:, None]).sum(-1)).view(2, 1, 4, 4)
+        expected = torch.relu((a[:, 1:] * w[:, None]).sum(-1)).view(6, 1, 4, 4)
         expected = F.interpolate(expected, (32, 32), mode="bilinear")
-        assert (expected.amax((1, 2, 3)) > 0).all()
-        torch.testing.assert_close(cam, expected / expected.amax((1, 2, 3), keepdim=True), rtol=1e-4, atol=1e-4)
+        top = expected.amax((1, 2, 3), keepdim=True)
+        assert (top > 0).any()                                            # where every patch speaks against it, the map is empty
+        torch.testing.assert_close(cam, expected / top.clamp(min=1e-30), rtol=1e-3, atol=1e-3)
     finally:
         block.load_state_dict(state)
 
