@@ -1,34 +1,32 @@
 """D-Fusion: preference optimization on visually consistent pairs (Hu et al. 2025, arXiv 2505.22002), with DPO, DDPO or DPOK.
 
-Two samples of one prompt differ in everything, so a preference between them says little about the prompt. D-Fusion makes the winner from the loser: it
-denoises the loser's noise again while attention copies the prompt's items from a well-aligned reference. Each round, for each of its prompts:
+Two samples of one prompt differ in everything, so a preference between them says little. D-Fusion makes the better one out of the worse one: it denoises
+the same noise again, while self-attention takes the prompt's items from a well-aligned reference. A round, for each of its prompts:
 
-  x_T .. x_0       = trajectories of images_per_prompt samples under th' (DDIM, eta 1, guidance), scored: r = reward(decode(x_0), prompt)
-  reference, base  = the best quarter, each used twice; the worst half, paired in order of rank
+  trajectories     = images_per_prompt samples of th' (DDIM, eta 1, guidance), scored: r = reward(decode(x_0), prompt)
+  reference, base  = the best quarter, each twice; the worst half, in order of rank
   mask_t           = XOR over items i of [A_t^i >= threshold_i]            A_t: the reference's cross-attention, first up block         (4)
-  target           : base's x_T and noises again; in the self-attention of the mid and up blocks, for t = 18 .. 1 of 20,
+  target           : base's x_T and noises; in self-attention of the mid and up blocks, for t = 18 .. 1 of 20, both guidance halves,
   k, v             = where(mask_t, k_ref, k_tgt), where(mask_t, v_ref, v_tgt)                                                           (5)
   a                = target if r(target) >= adoption_threshold r(base), else reference;  b = base                                       (7)
   log_ratio        = log p_th(x_{t-1} | x_t, c) - log p_th'(x_{t-1} | x_t, c)          of the plain guided model, mean over the latent
   dpo   loss       = -logsigmoid(beta (log_ratio_a - log_ratio_b))                                                                      (6)
   ddpo  loss       = max(-A rho, -A clip(rho, 1-eps, 1+eps)),  rho = exp(log_ratio),  A = (r - mean_c) / std_c                          (8)
   dpok  loss       = ddpo loss + kl_weight KL(p_th || p_pretrained)                                                                     (9)
-  inner_epochs times: one optimizer step on all pairs and all timesteps. In the first th = th' and log_ratio = 0: its log p is log p_th'.
+  inner_epochs times one update on all pairs and timesteps; in the first th = th', log_ratio = 0, and its log p is log p_th' of the rest
 
-What to read in the log: the loss stays near ln 2 = .693 (DPO) or 0 however well it learns, because two steps a round move log p little. Read `reward`,
-`accuracy` (share of pairs and timesteps with log_ratio_a > log_ratio_b; .5 in each round's first update by construction) and `margin`.
+The loss stays near ln 2 (dpo) or 0 however well it learns. Read reward; accuracy, the share of (pair, timestep) with log_ratio_a > log_ratio_b; margin.
 
-Differences from the paper and the authors' code (which samples and fuses; its training half was never published):
-1. Masks merge with XOR and come from the first up block's modules, as the paper has it; the code: OR (--mask_merge or), two of the down block too.
+Differences from the paper and from the authors' code (which samples and fuses; its training half was never published):
+1. Masks merge with XOR and come from the first up block alone, as in the paper; their code: OR (--mask_merge or), and a down block too.
 2. Eq. 7's right-hand side is lost in print: here the base; --adopt_against reference is the other reading. beta, kl_weight, clip range: ours.
-3. Items of several BPE pieces (woolen = woo|len) are averaged over all of them; five prompts of the authors' code point at a wrong piece.
-4. The reference is replayed in one batch with the target, from the maps and latents kept when it was sampled: two passes instead of three.
-5. A text file of prompts gets its thresholds from a quantile of a few samples; the authors chose by eye. They can be edited (OUT/prompts.json).
+3. Items of several tokens (woolen = woo|len) are averaged over all of them; five prompts of their code point at a wrong one.
+4. The reference is replayed in one batch with the target, from the latents and maps kept when it was sampled: two passes instead of three.
+5. A text file of prompts gets its thresholds from a quantile of a few samples; the authors chose by eye. They can be edited.
 
   $ python dfusion_dpo.py                                       # the toy world, minutes on two CPU cores
-  $ python dfusion_dpo.py --model sd21 --algo ddpo --template template2
   $ python dfusion_dpo.py --naive --out runs/naive              # the baseline: the same pairs, a = reference
-  $ python combined_sample.py --lora runs/naive --mode tuned --prompts runs/naive/test_prompts.txt --out images
+  $ python dfusion_dpo.py --model sd21 --algo ddpo --template template2
 """
 import argparse
 import contextlib
@@ -59,7 +57,8 @@ OURS = {   # rows the paper does not have
     "sd21": dict(PAPER["sd21"]),
     "sdxl": dict(PAPER["sd21"], resolution=1024),
     "toy": dict(train_steps=20, batch_size=64, images_per_prompt=8, inner_epochs=2, lr=1e-3, num_inference_steps=20, guidance_scale=5.,
-                adoption_threshold=1., lora_rank=8, resolution=64, reward="toy_clip", prompts="dfusion_toy.json", mask_layer=5, item_token="next", train_timesteps=5),
+                adoption_threshold=1., lora_rank=8, resolution=64, reward="toy_clip", train_timesteps=5, prompts="dfusion_toy.json",
+                mask_layer=5, item_token="next"),                         # 8 x 8; the first up block's 4 x 4 is too coarse for these objects
 }
 CLIP_RANGE = .1                                                           # eps of Eq. 8: the authors' config; ddpo-pytorch has 1e-4
 MASK_QUANTILE = .8                                                        # ours: an item covers about a fifth of the picture
@@ -119,10 +118,9 @@ def parse_args(argv=None):
     if args.inner_epochs < 1 or not 1 <= args.train_timesteps <= last <= 1000:
         parser.error(f"--inner_epochs {args.inner_epochs} --train_timesteps {args.train_timesteps} --num_inference_steps {last}: "
                      "1 <= train_timesteps <= num_inference_steps <= 1000, and at least one epoch")
-    if not set(span("fusion_steps", args.fusion_steps)) <= set(range(1, last + 1)):
+    if not 1 <= span("fusion_steps", args.fusion_steps)[0] <= span("fusion_steps", args.fusion_steps)[-1] <= last:
         parser.error(f"--fusion_steps {args.fusion_steps}: timesteps are counted {last} down to 1")
-    if args.fusion_layers:
-        span("fusion_layers", args.fusion_layers)
+    span("fusion_layers", args.fusion_layers or "0")
     if not (0 < args.beta < math.inf and 0 <= args.kl_weight < math.inf and 1 <= args.guidance_scale < math.inf and args.adoption_threshold < math.inf):
         parser.error(f"--beta {args.beta:g} --kl_weight {args.kl_weight:g} --guidance_scale {args.guidance_scale:g} --adoption_threshold "
                      f"{args.adoption_threshold:g}: beta above 0, kl_weight 0 or more, guidance 1 or more, the threshold a number")
@@ -337,14 +335,15 @@ def fuse(model, scheduler, fusion, prompt, references, bases, source, masks, gen
 
 @torch.no_grad()
 def invert(model, scheduler, prompt, x0):
-    """The ablation's trajectories (section 4.4): DDIM inversion of x0 (B, C, h, w), which takes eps(x_t) = eps(x_{t-1}), without guidance, as
-    null-text inversion has it (ours) -> (B, T+1, C, h, w), x_T first."""
+    """The ablation's trajectories (section 4.4): DDIM inversion of x0 (B, C, h, w), diffusers' DDIMInverseScheduler's: the model is asked at t about
+    latents of the level before. Without guidance, as null-text inversion has it (ours) -> (B, T+1, C, h, w), x_T first."""
     latents, trajectory = x0.to(model.device), [x0]
     for t in scheduler.timesteps.flip(0):
         t = t.expand(len(x0))
-        a, a_prev = (x.to(latents) for x in alphas(scheduler, t))
-        _, eps = predict(scheduler, guided(model, latents, t, [prompt] * len(x0), 1.), t, latents)
-        latents = a.sqrt() * (latents - (1 - a_prev).sqrt() * eps) / a_prev.sqrt() + (1 - a).sqrt() * eps
+        t_prev = (t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps).clamp(min=0)
+        x0, eps = predict(scheduler, guided(model, latents, t, [prompt] * len(x0), 1.), t_prev, latents)
+        a, _ = alphas(scheduler, t)
+        latents = a.sqrt().to(latents) * x0 + (1 - a).sqrt().to(latents) * eps
         trajectory.insert(0, latents.cpu())
     return torch.stack(trajectory, 1)
 
@@ -419,6 +418,30 @@ class Pairs:
     pictures: list                                                        # base | reference | mask | target of a few pairs
 
 
+def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
+    """The loss on pairs p (m,) at steps i (m,): one forward with gradient of 2m images, guidance's halves both in it, first the m a's, then their b's.
+
+    log_prob_old (2m,): of th'; None while th = th', which it then is itself. Returns the loss, and (2m,) detached: log_prob, log_ratio, KL (or None).
+    """
+    prompts, t, kl = [pairs.prompts[k] for k in p] * 2, scheduler.timesteps[i].repeat(2), None
+    x, x_prev = (pairs.trajectories[:, p, k].flatten(0, 1).to(model.device) for k in (i, i + 1))                     # (2m, C, h, w)
+    if args.algo == "dpok":                                               # before the forward: a checkpointed backward runs it again
+        with base_model(model), torch.no_grad():
+            mu_pretrained, _ = ddim_step(scheduler, guided(model, x, t, prompts, args.guidance_scale), t, x)
+    mu, sigma = ddim_step(scheduler, guided(model, x, t, prompts, args.guidance_scale), t, x)
+    log_prob = log_normal(x_prev, mu, sigma)
+    log_ratio = log_prob - (log_prob.detach() if log_prob_old is None else log_prob_old)
+    advantage = pairs.advantages[:, p].flatten().to(model.device)
+    if args.algo == "dpo":
+        loss = dpo_loss(*log_ratio.chunk(2), args.beta)
+    elif args.algo == "ddpo":
+        loss = ddpo_loss(log_ratio, advantage, CLIP_RANGE)
+    else:
+        kl = normal_kl(mu, mu_pretrained, sigma)
+        loss = dpok_loss(log_ratio, advantage, CLIP_RANGE, kl, args.kl_weight)
+    return loss, log_prob.detach(), log_ratio.detach(), None if kl is None else kl.detach()
+
+
 def choose(r):
     """r (N,) -> indices of references (the best quarter), bases (the worst half, best first), and each base's reference, an index of the former."""
     order = r.argsort(descending=True, stable=True)
@@ -478,9 +501,10 @@ def main(args):
     args.resolution = model.resolution
     reward, known = load_reward(args.reward, device)
     rows, test_prompts = read_items(args.prompts, args.template)
-    test_prompts = (read_prompts(args.test_prompts) if args.test_prompts else test_prompts or die("--test_prompts FILE is needed: --prompts has none"))[:16]
-    if len(rows) < args.batch_size // args.images_per_prompt:
-        die(f"--batch_size {args.batch_size}: {args.images_per_prompt} images each of {len(rows)} prompts are at most {args.images_per_prompt * len(rows)}")
+    test_prompts = read_prompts(args.test_prompts) if args.test_prompts else test_prompts or die("--test_prompts FILE is needed: --prompts has none")
+    test_prompts, N = test_prompts[:16], args.images_per_prompt
+    if len(rows) < args.batch_size // N:
+        die(f"--batch_size {args.batch_size}: {N} images each of {len(rows)} prompts are at most {N * len(rows)}")
     for row in rows:
         for item in row["items"]:
             token_span(model.pipe.tokenizer, row["prompt"], item)
@@ -500,7 +524,8 @@ def main(args):
     scheduler, T = make_scheduler(model, "ddim", args.num_inference_steps), args.num_inference_steps
     counted = span("fusion_steps", args.fusion_steps)                     # T is the first step, 1 the last
     steps = range(T - counted[-1], T - counted[0] + 1)
-    random_steps = [i for i, t in enumerate(scheduler.timesteps) if (torch.subtract(*alphas(scheduler, t[None])) != 0).all()]     # else no probability
+    zeros = torch.zeros(T, 1, 1, 1)                                       # without noise (set_alpha_to_one: the last step) nothing to train
+    random_steps = ddim_step(scheduler, zeros, scheduler.timesteps, zeros)[1].flatten().nonzero().flatten().tolist()
     sampler = dict(scheduler="ddim", eta=1., num_inference_steps=T, guidance_scale=args.guidance_scale)
     run = Run(args, sampler, model)
     print_settings(args, row_of(PAPER, args.model), params)
@@ -542,28 +567,14 @@ def main(args):
         m, total, log_probs, log_ratios, kls = args.micro_batch // 2, 0., [], [], []
         for j in range(0, len(couples), m):                               # their order is free: one optimizer step takes them all
             p, i = couples[j:j + m].T
-            prompts, t = [pairs.prompts[k] for k in p] * 2, scheduler.timesteps[i].repeat(2)
-            x, x_prev = (pairs.trajectories[:, p, k].flatten(0, 1).to(device) for k in (i, i + 1))                   # (2m, C, h, w): a, then b
-            if args.algo == "dpok":
-                with base_model(model), torch.no_grad():
-                    mu_pretrained, _ = ddim_step(scheduler, guided(model, x, t, prompts, args.guidance_scale), t, x)
-            mu, sigma = ddim_step(scheduler, guided(model, x, t, prompts, args.guidance_scale), t, x)
-            log_prob = log_normal(x_prev, mu, sigma)
-            log_ratio = log_prob - (log_prob.detach() if log_prob_old is None else log_prob_old[:, j:j + m].flatten().to(device))
-            advantage = pairs.advantages[:, p].flatten().to(device)
-            if args.algo == "dpo":
-                loss = dpo_loss(*log_ratio.chunk(2), args.beta)
-            elif args.algo == "ddpo":
-                loss = ddpo_loss(log_ratio, advantage, CLIP_RANGE)
-            else:
-                kl = normal_kl(mu, mu_pretrained, sigma)
-                loss = dpok_loss(log_ratio, advantage, CLIP_RANGE, kl, args.kl_weight)
-                kls.append(kl.detach())
+            old = None if log_prob_old is None else log_prob_old[:, j:j + m].flatten().to(device)
+            loss, log_prob, log_ratio, kl = pair_loss(args, model, scheduler, pairs, p, i, old)
             loss = loss * len(p) / len(couples)
             loss.backward()
             total += loss.detach()
-            log_probs.append(log_prob.detach().view(2, -1).cpu())
-            log_ratios.append(log_ratio.detach().view(2, -1).cpu())
+            log_probs.append(log_prob.view(2, -1).cpu())
+            log_ratios.append(log_ratio.view(2, -1).cpu())
+            kls.append(kl)
         log_prob_old = torch.cat(log_probs, 1) if log_prob_old is None else log_prob_old
 
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()     # Table 3
@@ -575,7 +586,7 @@ def main(args):
         stats = dict(round=number, epoch=epoch, loss=total.item(), **round_stats, accuracy=((margin > 0) + .5 * (margin == 0)).mean().item(),
                      margin=margin.mean().item(), log_ratio=[float(f"{x.square().mean().sqrt():.4g}") if x.numel() else None for x in at],
                      grad_norm=grad_norm, images=(number + 1) * args.batch_size, passes=sum(passes), seconds=time.time() - start)
-        if kls:
+        if args.algo == "dpok":
             stats["kl"] = torch.cat(kls).mean().item()
         if step % args.save_every == 0 or step == args.train_steps:
             stats["test_reward"] = held_out(run, reward, test_prompts, sampler, step)

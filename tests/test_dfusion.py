@@ -1,5 +1,6 @@
 """dfusion_dpo.py: the policy and its losses, masks and fusion, a round's pairs and costs, its run folder, and what it says to bad input."""
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from common import ROOT, condition, generator, initial_latents, load_model, make
 CPU = torch.device("cpu")
 ROWS = [dict(prompt="a red circle above a blue square", items=["circle", "blue square"], thresholds=[.08, .08]),
         dict(prompt="a yellow triangle", items=["triangle"], thresholds=[.08])]
-SHORT = ["--num_inference_steps", 4, "--images_per_prompt", 4, "--batch_size", 8, "--micro_batch", 4, "--lora_rank", 4, "--device", "cpu", "--reward", "toy_clip"]
+SHORT = ["--num_inference_steps", 4, "--images_per_prompt", 4, "--batch_size", 8, "--micro_batch", 4, "--lora_rank", 4, "--device", "cpu",
+         "--reward", "toy_clip"]
 ALL, NONE = ["--adoption_threshold", 9], ["--adoption_threshold", -9]     # random pictures have a cosine below 0: every target passes, or none
 
 
@@ -38,6 +40,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return load_model(str(folder / "sd_v"), CPU)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def train(folder, out, *extra, model="sd_v"):
@@ -81,7 +92,8 @@ def test_trajectories_are_the_samplers_own(model):
     scheduler, prompt = make_scheduler(model, "ddim", 4), ROWS[0]["prompt"]
     x, maps = d.sample_trajectories(model, scheduler, prompt, gens(4), 5.)
     generators = gens(4)
-    theirs = sample(model, scheduler, initial_latents(model, generators), condition(model, [prompt] * 4), 0, 4, generators, 5., condition(model, [None] * 4), 1.)
+    cond, uncond = condition(model, [prompt] * 4), condition(model, [None] * 4)
+    theirs = sample(model, scheduler, initial_latents(model, generators), cond, 0, 4, generators, 5., uncond, 1.)
     assert x.shape == (4, 5, 4, 8, 8) and x.dtype == torch.float32 and maps is None
     torch.testing.assert_close(x[:, -1], theirs, rtol=1e-4, atol=1e-4)
     parts = torch.cat([d.sample_trajectories(model, scheduler, prompt, gens(4)[i:i + 2], 5.)[0] for i in (0, 2)])
@@ -379,7 +391,8 @@ def test_what_a_round_is_made_of_and_costs(folder, tmp_path, watched):
     assert rounds[2][1]["adoption"] == 0 and torch.equal(rounds[2][0].trajectories, naive.trajectories)      # Eq. 7: back to the references
 
     calls.clear()
-    rows = test_refl.log_of(train(folder, tmp_path / "dpok", "--train_steps", 2, "--algo", "dpok", "--train_timesteps", 1, "--naive", "--trajectory", "inversion"))
+    settings = ["--algo", "dpok", "--train_timesteps", 1, "--naive", "--trajectory", "inversion"]
+    rows = test_refl.log_of(train(folder, tmp_path / "dpok", "--train_steps", 2, *settings))
     assert calls == {(8, False): 4 * 2 + 2 * 2, (2, False): 4 * 4, (8, True): 2 * 2}
     assert rows[0]["kl"] == 0 and rows[1]["kl"] > 0 and sum(x is None for x in rows[0]["log_ratio"]) < 4
     last = rounds[3][0].trajectories
@@ -391,7 +404,16 @@ def test_no_guidance_is_one_row_an_image(folder, tmp_path, watched):
     assert watched[1] == {(4, False): 4 * 2, (3, False): 2 * 2, (4, True): 8}
 
 
-@pytest.mark.parametrize("settings", [["--algo", "dpo"], ["--algo", "dpok", "--train_timesteps", 2, "--prompts", "prompts.txt", "--test_prompts", "one.txt"]])
+def test_a_step_without_noise_is_not_trained(folder, tmp_path):
+    shutil.copytree(folder / "sd", tmp_path / "sd")
+    path = tmp_path / "sd" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), set_alpha_to_one=True)))
+    rows = test_refl.log_of(train(folder, tmp_path / "run", "--train_steps", 2, "--naive", "--batch_size", 4, "--model", tmp_path / "sd"))
+    assert rows[1]["log_ratio"][3] is None and all(x > 0 for x in rows[1]["log_ratio"][:3]) and np.isfinite(rows[1]["loss"])
+
+
+@pytest.mark.parametrize("settings", [["--algo", "dpo"],
+                                      ["--algo", "dpok", "--train_timesteps", 2, "--prompts", "prompts.txt", "--test_prompts", "one.txt"]])
 def test_resume_is_exact_also_inside_a_round(folder, tmp_path, settings):
     settings = [folder / x if str(x).endswith("txt") else x for x in settings] + ["--lr", .01, "--save_every", 1]
     whole = train(folder, tmp_path / "whole", *settings, "--train_steps", 4)
