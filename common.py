@@ -130,8 +130,8 @@ def fetch(source, filename):
 
 
 def row_of(table, name):
-    """The row of a script's settings table for this --model; a folder or hub id gets its family's ("sd15", "sdxl", "flux-schnell" or "flux-dev"),
-    at its own resolution. {} if the table has no row."""
+    """The row of a script's settings table for this --model; a folder or hub id gets its family's ("sd15", "sdxl", "flux-schnell", "flux-dev"), at
+    its own resolution. {} if the table has no row."""
     if name in MODELS:
         return table.get(name, {})
     if not os.path.isdir(name) and name.count("/") != 1:

@@ -56,7 +56,8 @@ FREE = dict(train_steps=2000, batch_size=4, save_every=100, gamma=.25, reward="i
 OURS = {   # what the paper leaves open: resolution, guidance, SD's sampler; and the rows that it does not have
     "flux-schnell": dict(PAPER["flux-schnell"], **FREE | dict(scheduler="euler", guidance_scale=1., resolution=512)),
     "flux-dev": dict(PAPER["flux-dev"], **FREE | dict(scheduler="euler", guidance_scale=3.5, resolution=512)),
-    **dict.fromkeys(("sd14", "sd15", "sd21"), dict(PAPER["sd15"], **FREE, scheduler="ddim", num_inference_steps=20, guidance_scale=7.5, resolution=512)),
+    **dict.fromkeys(("sd14", "sd15", "sd21"),
+                    dict(PAPER["sd15"], **FREE, scheduler="ddim", num_inference_steps=20, guidance_scale=7.5, resolution=512)),
     "sdxl": dict(PAPER["sd15"], **FREE, scheduler="ddim", num_inference_steps=20, guidance_scale=5., resolution=512),
     "toy": dict(train_steps=120, batch_size=8, save_every=20, gamma=.25, reward=None, lr=1e-3, lora_rank=8, scheduler="ddpm", num_inference_steps=20,
                 guidance_scale=1., grad_steps=1, resolution=64),
@@ -100,7 +101,7 @@ def parse_args(argv=None):
     if command == "export_hard":
         parser.add_argument("--scores", required=True, help="what score wrote about the same images")
         parser.add_argument("--categories", nargs="+", help="instead of those that score found abnormal")
-        parser.add_argument("--threshold", type=float, default=.5, help="hard: the maximum confidence is at least this")                            # ours
+        parser.add_argument("--threshold", type=float, default=.5, help="hard: the maximum confidence is at least this")          # ours
         parser.add_argument("--max_images", type=int, default=2000, help="the first so many, by mean confidence")
     if command == "import_labels":
         parser.add_argument("--labels", required=True, help="folder of export_hard with edited maps; images that you deleted from it are left out")
@@ -134,11 +135,11 @@ def parse_treat(parser, argv):
     parser.add_argument("--prompts", help="text file, a prompt per line (toy/prompts_train.txt on toy)")
     parser.add_argument("--test_prompts", help="held-out prompts, the first 16 (toy/prompts_test.txt on toy; else the last 100 of --prompts)")
     parser.add_argument("--data", help="real images of the regulariser, with metadata.jsonl (toy/images on toy)")
-    parser.add_argument("--pixels", choices=("mean", "max", "threshold"), default="mean", help="whose confidence is lowered: all, the worst, those above .1")
+    parser.add_argument("--pixels", choices=("mean", "max", "threshold"), default="mean", help="which are lowered: all, the worst, those above .1")
     parser.add_argument("--grad_steps", type=int, default=row["grad_steps"], help="the last so many sampling steps carry the gradient (t_tr)")
     parser.add_argument("--gamma", type=float, default=row["gamma"], help="weight of the diffusion loss on real images; 0 leaves it out")
-    parser.add_argument("--patience", type=int, default=3, help="stop if held-out confidence has not fallen for so many evaluations")              # ours
-    parser.add_argument("--max_drift", type=float, default=.5, help="stop beyond this drift; 1: as far as another image")                         # ours
+    parser.add_argument("--patience", type=int, default=3, help="stop if held-out confidence has not fallen for so many evaluations")   # ours
+    parser.add_argument("--max_drift", type=float, default=.5, help="stop beyond this drift; 1: as far as another image")                   # ours
     parser.add_argument("--train_steps", type=int, default=row["train_steps"], help="optimizer updates")
     parser.add_argument("--batch_size", type=int, default=row["batch_size"], help="images per update")
     parser.add_argument("--micro_batch", type=int, default=8, help="images per gradient pass; the prefix runs on the whole batch")
@@ -150,16 +151,16 @@ def parse_treat(parser, argv):
     parser.add_argument("--init_lora", help="start from this LoRA: DreamBooth's, to be treated (section 4.3)")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")
-    parser.add_argument("--save_every", type=int, default=row["save_every"], help="updates between snapshots, each with overlays and held-out confidence")
+    parser.add_argument("--save_every", type=int, default=row["save_every"], help="updates between snapshots, each with overlays and metrics")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--out", help="run folder (runs/diffdoctor-MODEL-REWARD)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where its last checkpoint stands")
     args = parser.finish(argv, "diffdoctor")
-    for name in ("detector", "prompts", *(["data"] if args.gamma else [])):
-        if getattr(args, name) is None:
-            args.detector = str(TOY / "detector") if args.model == "toy" and name == "detector" else parser.error(
-                f"--{name} is needed with --model {args.model}" + ("; or --gamma 0, without the regulariser" if name == "data" else ""))
+    args.detector = args.detector or (str(TOY / "detector") if args.model == "toy" else None)
+    for name, hint in (("detector", ""), ("prompts", ""), ("data", "; or --gamma 0, without the regulariser")):
+        if getattr(args, name) is None and (args.gamma or name != "data"):
+            parser.error(f"--{name} is needed with --model {args.model}{hint}")
     if not 1 <= args.grad_steps <= args.num_inference_steps:
         parser.error(f"--grad_steps {args.grad_steps}: 1 to num_inference_steps = {args.num_inference_steps}")
     if not 0 <= args.gamma < math.inf or args.patience < 1 or not args.max_drift > 0 or not 1 <= args.guidance_scale < math.inf:
@@ -187,8 +188,11 @@ def pixel_loss(confidence, pixels):
 def offline_loss(model, scheduler, x0, noise, t, cond, guidance_scale=1.):
     """L_offline, Eq. 3, on latents x0 (B, C, h, w) of real images, t (B,): mean ((noise - x0) - v)^2 of a flow, x_t = (1 - t) x0 + t noise with t
     in thousandths; a diffusion model's own loss, on its noise or v, otherwise."""
-    sigma = (t / 1000).view(-1, 1, 1, 1)
-    noised = (1 - sigma) * x0 + sigma * noise if model.flow else scheduler.add_noise(x0, noise, t)
+    if model.flow:
+        sigma = (t / 1000).view(-1, 1, 1, 1)
+        noised = (1 - sigma) * x0 + sigma * noise
+    else:
+        noised = scheduler.add_noise(x0, noise, t)
     return F.mse_loss(denoise(model, noised, t, cond, guidance_scale), diffusion_target(scheduler, x0, noise, t))
 
 
@@ -434,7 +438,7 @@ def score(args):
         print(f"{c or '(none)':<30} {len(of[c]):>7} {100 * means[c]:>7.2f} {100 * worst:>7.2f}" + ("   abnormal" if c in high else ""))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     write_lines(Path(args.out) / "scores.jsonl", [row | dict(abnormal=row["category"] in high) for row in sorted(rows, key=lambda row: -row["mean"])])
-    print(f"ranked: {Path(args.out) / 'scores.jsonl'}. Draw more images of the abnormal categories with good models, and label the hard ones: export_hard")
+    print(f"ranked: {Path(args.out) / 'scores.jsonl'}. Draw more of the abnormal categories with good models, label the hard ones: export_hard")
 
 
 def export_hard(args):
@@ -527,8 +531,8 @@ def save_detector(detector, folder):
     detector.net.save_pretrained(folder)
     size = dict(height=detector.size, width=detector.size)
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(dict(
-        image_processor_type="SegformerImageProcessor", do_resize=True, size=size, resample=2, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
-        image_mean=list(detector.mean), image_std=list(detector.std)), indent=2) + "\n")
+        image_processor_type="SegformerImageProcessor", do_resize=True, size=size, resample=2, do_rescale=True, rescale_factor=1 / 255,
+        do_normalize=True, image_mean=list(detector.mean), image_std=list(detector.std)), indent=2) + "\n")
 
 
 def draw_batch(rows, seed, step, batch_size):
@@ -565,9 +569,8 @@ def train_detector(args):
     detector = start_detector(args.init, args.seed, args.size, device)
     args.size, data = detector.size, Labelled(rows, detector.size)
     named = dict(detector.named_parameters())
-    head = [p for n, p in named.items() if "decode_head" in n]
-    optimizer = torch.optim.AdamW([dict(params=[p for n, p in named.items() if "decode_head" not in n], lr=args.lr), dict(params=head, lr=args.head_lr)],
-                                  weight_decay=1e-2, fused=True)
+    backbone, head = ([p for n, p in named.items() if ("decode_head" in n) == is_head] for is_head in (False, True))
+    optimizer = torch.optim.AdamW([dict(params=backbone, lr=args.lr), dict(params=head, lr=args.head_lr)], weight_decay=1e-2, fused=True)
     state = [*named.values(), *detector.buffers()]                        # batch norm's statistics too
     saved = SimpleNamespace(save_pretrained=lambda folder: save_detector(detector, folder))
     run = Run(args, {}, SimpleNamespace(source=args.init, part="detector", denoiser=saved))
@@ -620,7 +623,8 @@ def held_out_confidence(run, detector, reward, prompts, sampler, step, before=No
     drift = (images - before).abs().mean() / (before - before.roll(1, 0)).abs().mean().clamp(min=1e-3)
     rows = zip(before[:16], overlay(before, first), images, overlay(images, maps))
     save_grid(torch.stack([x for row in rows for x in row]), run.dir / "samples" / f"step_{step:06d}.png", columns=8)
-    return dict(test_mean=maps.mean().item(), test_max=maps.flatten(1).amax(1).mean().item(), test_drift=drift.item(), test_reward=r.mean().item()), images
+    worst = maps.flatten(1).amax(1).mean()
+    return dict(test_mean=maps.mean().item(), test_max=worst.item(), test_drift=drift.item(), test_reward=r.mean().item()), images
 
 
 def treat(args):
@@ -713,8 +717,8 @@ def treat(args):
     print(f"stopped: {reason or 'all updates done'}; pictures, before and after, each with its overlay: {run.dir / 'samples'}")
     if inside := [row for row in evaluated if row["test_drift"] <= args.max_drift]:
         best = min(inside, key=lambda row: row["test_mean"])
-        print(f"held-out artifact confidence after:  mean {best['test_mean']:.2%}, max {best['test_max']:.2%}; {args.reward} {best['test_reward']:.4f}; "
-              f"drift {best['test_drift']:.2f}: the best snapshot, {run.weights / 'step_{:06d}'.format(best['step'])}")
+        print(f"held-out artifact confidence after:  mean {best['test_mean']:.2%}, max {best['test_max']:.2%}; {args.reward} {best['test_reward']:.4f};"
+              f" drift {best['test_drift']:.2f}; the best snapshot: {run.weights / 'step_{:06d}'.format(best['step'])}")
 
 
 def main(args):
