@@ -109,6 +109,8 @@ def parse_args(argv=None):
     args.test_prompts = getattr(args, "test_prompts", None)
     last = args.num_inference_steps
     args.train_timesteps = args.train_timesteps or last
+    if args.naive and (args.fusion_layers or args.fusion_steps):
+        parser.error("--naive fuses nothing: --fusion_layers and --fusion_steps have no part in it")
     args.fusion_steps = args.fusion_steps or f"{max(last - 2, 1)}-1"
     if args.images_per_prompt < 4 or args.images_per_prompt % 4 or args.batch_size % args.images_per_prompt:
         parser.error(f"--images_per_prompt {args.images_per_prompt} --batch_size {args.batch_size}: images of a prompt are a multiple of 4 (references "
@@ -391,7 +393,7 @@ def find_thresholds(args, model, scheduler, rows, modules, steps, out, num_image
             generators = [generator(args.seed, "threshold", i, k) for k in range(num_images)]
             latents, maps = sample_trajectories(model, scheduler, row["prompt"], generators, args.guidance_scale, maps_of, spans)
         maps = maps[:, steps]
-        row["thresholds"] = [float(f"{x:.2g}") for x in maps.transpose(0, 2).flatten(1).quantile(MASK_QUANTILE, 1)]
+        row["thresholds"] = [float(f"{x:.3g}") for x in maps.transpose(0, 2).flatten(1).quantile(MASK_QUANTILE, 1)]
         if i < 8:
             image = decode(model, latents[:1, -1].to(model.device))[0].detach().cpu()
             masks = [merge_masks(maps[0][:, [j]], row["thresholds"][j:j + 1], "or") for j in range(len(row["items"]))]

@@ -399,9 +399,12 @@ def test_what_a_round_is_made_of_and_costs(folder, tmp_path, watched):
     assert torch.equal(last[1, :, -1], naive.trajectories[1, :, -1]) and not torch.equal(last[1, :, 0], naive.trajectories[1, :, 0])
 
 
-def test_no_guidance_is_one_row_an_image(folder, tmp_path, watched):
-    train(folder, tmp_path / "run", "--train_steps", 1, "--guidance_scale", 1, *ALL, model="sdxl")
-    assert watched[1] == {(4, False): 4 * 2, (3, False): 2 * 2, (4, True): 8}
+def test_no_guidance_is_one_row_an_image_and_ddpo_starts_at_the_mean_advantage(folder, tmp_path, watched):
+    rounds, calls = watched
+    out = train(folder, tmp_path / "run", "--train_steps", 2, "--guidance_scale", 1, "--algo", "ddpo", "--lr", .01, *ALL, model="sdxl")
+    assert calls == {(4, False): 4 * 2, (3, False): 2 * 2, (4, True): 8 * 2}
+    rows = test_refl.log_of(out)
+    assert rows[0]["loss"] == pytest.approx(-rounds[0][0].advantages.mean().item(), abs=1e-6) and rows[1]["loss"] < rows[0]["loss"]      # it went down
 
 
 def test_a_step_without_noise_is_not_trained(folder, tmp_path):
@@ -493,6 +496,7 @@ def test_bad_values(folder, tmp_path, capsys, monkeypatch):
         (["--fusion_steps", "21-1"], ["20 down to 1"]),
         (["--fusion_steps", "18-1-2"], ["18-1-2", "dash"]),
         (["--fusion_layers", "up"], ["up", "3-6"]),
+        (["--naive", "--fusion_steps", "18-1"], ["--naive fuses nothing"]),
         (["--beta", 0], ["beta above 0"]),
         (["--kl_weight", -1], ["kl_weight"]),
         (["--kl_weight", "nan"], ["kl_weight"]),
