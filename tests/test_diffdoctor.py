@@ -18,7 +18,7 @@ from test_sampling_scripts import files, run
 
 import common
 import diffdoctor
-import refl
+import evaluate
 from common import (TOY, condition, decode, denoise, diffusion_target, encode, generate, generator, initial_latents, load_model, make_scheduler,
                     predict_x0, row_of, sample, trainable)
 
@@ -28,9 +28,10 @@ PROMPTS = ["a red circle", "a blue square above a green circle", "a yellow trian
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Tiny models: FLUX in both forms, SD."""
+    """Tiny models: FLUX in both forms, SD and SDXL."""
     root = tmp_path_factory.mktemp("diffdoctor")
     tiny.write_flux(root / "schnell"), tiny.write_flux(root / "dev", dev=True, seed=1), tiny.write(root / "sd")
+    tiny.write(root / "sdxl", "sdxl")
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     (root / "one.txt").write_text("a red star\n")
     return root
@@ -472,8 +473,13 @@ def test_the_loop_that_a_person_walks(world, tmp_path, capsys):
     told, row = capsys.readouterr().out, lines(tmp_path / "run" / "log.jsonl")[-1]
     assert f"{6 + len(hard) - 1} human (train), 6 human (test), 450 real (train), 50 real (test)" in told
     assert {"mse", "kl", "kl1", "mse_real", "kl1_real"} <= row.keys() and (tmp_path / "run" / "samples" / "step_000002.png").is_file()
-    run("diffdoctor", "score", *look[2:], "--detector", tmp_path / "run" / "model" / "detector", "--out", tmp_path / "again")
+    trained = str(tmp_path / "run" / "model" / "detector")
+    run("diffdoctor", "score", *look[2:], "--detector", trained, "--out", tmp_path / "again")
     assert len(lines(tmp_path / "again" / "scores.jsonl")) == 24
+    images = torch.rand(2, 3, 96, 96, generator=generator(0, "i"))
+    with torch.no_grad():                                                          # evaluate.py reads it, and sees the same
+        maps = common.load_detector(trained, CPU)(images).flatten(1)
+        torch.testing.assert_close(evaluate.Detector(trained, CPU)(images), torch.stack([maps.mean(1), maps.amax(1)], 1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_metrics_of_a_run_by_hand(world):
@@ -581,12 +587,16 @@ def test_the_calls_of_an_update(root, tmp_path, monkeypatch):
     assert Counter(calls) == {(8, False): 3, (4, True): 2, (2, True): 2}            # the regulariser is not guided
 
 
-def test_micro_batches_do_not_change_an_update(root, tmp_path):
+def test_micro_batches_do_not_change_an_update_and_its_run_can_be_sampled(root, tmp_path, capsys):
     a, b = (treat(root, tmp_path / str(n), "--micro_batch", n, model="dev") for n in (4, 3))
     for x, y in zip(log_of(a), log_of(b)):
         assert all(x[k] == pytest.approx(y[k], rel=1e-3) for k in ("loss", "mean", "max", "offline", "grad_norm"))
     config = json.loads((a / "config.json").read_text())
     assert config["sampler"] == dict(scheduler="euler", eta=0., num_inference_steps=4, guidance_scale=3.5)
+    capsys.readouterr()
+    run("combined_sample", "--lora", a, "--num_images", 2, "--out", tmp_path / "images")                  # samples as it was trained
+    assert "guidance_scale       3.5\n" in capsys.readouterr().out and (tmp_path / "images" / "00000_01.png").is_file()
+    assert treat(root, tmp_path / "sdxl", "--train_steps", 1, model="sdxl").is_dir()
 
 
 @pytest.mark.parametrize("pixels", ["mean", "max", "threshold"])
