@@ -19,7 +19,7 @@ No code was released, and only the abstract was at hand, with second-hand summar
 2. An empty mask (nothing wrong) keeps its pair: the formula as it stands then holds the whole image. Such pairs are counted (log: empty).
 3. Pairs (prompt, x_T) come from a finite --pool, in turn; their I0 and M are made before training and kept in memory (512 px: 3 MiB a pair).
    --pool 0 draws new pairs for every update, and samples twice.
-4. All values without the paper's name below; the paper's rewards and maps are private: a detector, CLIP and --concept stand in for them.
+4. Every other value is ours too. The paper's rewards and maps are private: a detector, a CLIP and --concept stand in for them.
 
   $ python focus_n_fix.py                                       # the toy world, artifacts; minutes on two CPU cores
   $ python focus_n_fix.py --concept "a red star" "a blue star"  # the same, one object unwanted
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     parser.add_argument("--detector", help="artifact detector: a folder or hub id in transformers' format, or a file of weights (toy/detector on toy)")
     parser.add_argument("--threshold", type=float, help="the problem is where the map is above: confidence, or share of the saliency's maximum")
     parser.add_argument("--dilate", type=int, default=row["dilate"], help="pixels by which the region grows on every side")
-    parser.add_argument("--beta", type=float, default=row["beta"], help="weight of the change outside the region; 0 is DRaFT")
+    parser.add_argument("--beta", type=float, default=row["beta"], help="weight of the change outside the region, against r'; 0 is DRaFT")
     parser.add_argument("--raw_norm", action="store_true", help="the paper's norm, not divided by the root of its number of values: choose --beta anew")
     parser.add_argument("--pool", type=int, default=row["pool"], help="pairs of prompt and noise, I0 and M made once; 0: new ones every update")
     parser.add_argument("--prompts", help="text file, a prompt per line (toy/prompts_train.txt on toy; needed with other models)")

@@ -15,7 +15,8 @@ from test_sampling_scripts import pixels, run
 from transformers import CLIPConfig, CLIPModel
 
 import focus_n_fix
-from common import TOY, condition, decode, generate, generator, initial_latents, load_model, load_reward, make_scheduler, sample, trainable
+from common import (TOY, condition, decode, generate, generator, initial_latents, load_detector, load_model, load_reward, make_scheduler, sample,
+                    trainable)
 from focus_n_fix import before, change, concept_reward, draft, focus_loss, grad_cam, last_norm, problem_mask
 
 CPU = torch.device("cpu")
@@ -201,7 +202,8 @@ def test_the_toys_grad_cam_finds_the_unwanted_object():
     clip, _ = load_reward("toy_clip", CPU)
     reward, found = concept_reward(clip, "a red circle", "a blue circle"), []
     for i in range(12):
-        image, coverage = render(sample_scene(np.random.default_rng(i), "a red circle left of a green square" if i % 2 else "a green square left of a red circle"))
+        caption = "a red circle left of a green square" if i % 2 else "a green square left of a red circle"
+        image, coverage = render(sample_scene(np.random.default_rng(i), caption))
         images = torch.tensor(image).permute(2, 0, 1)[None].float()
         above = grad_cam(last_norm(clip), lambda images: -reward(images, None), images)[0, 0].numpy() > .5
         y, x = np.mgrid[:64, :64]
@@ -357,6 +359,12 @@ def test_cached_and_uncached_saliency(folder, tmp_path):
     for pool in (4, 0):
         focus_n_fix.main(focus_n_fix.parse_args(list(map(str, [*words, "--pool", pool, "--out", tmp_path / f"{pool}"]))))
     assert log_of(tmp_path / "4") == log_of(tmp_path / "0") and 0 < log_of(tmp_path / "4")[0]["area"] < 1
+    clip, _ = load_reward("toy_clip", CPU)                                # the mask in the picture: where "a red star" is seen
+    base = generate(load_model(str(folder / "sd"), CPU), PROMPTS[:1], 0, SAMPLER, purpose="held-out")
+    good_minus_bad = concept_reward(clip, "a red star", "a blue star")
+    expected = problem_mask(grad_cam(last_norm(clip), lambda images: -good_minus_bad(images, None), base), .5, 1)
+    shown = torch.tensor(pixels(tmp_path / "4" / "samples" / "region_000000.png"))[::8, 128:256:8, 0] > 0
+    assert torch.equal(shown, expected[0, 0] > 0)
 
 
 def test_resume_is_exact(folder, tmp_path):
@@ -380,7 +388,9 @@ def test_the_run_folder_and_the_reward_mapped(folder, tmp_path):
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["region_000000.png", "region_000001.png", "step_000000.png", "step_000001.png"]
     shown = pixels(out / "samples" / "region_000000.png")                         # 1 row of I0 | M | I | difference, 16 px enlarged by 8
     assert shown.shape == (128, 512, 3) and (shown[:, :128] == shown[:, 256:384]).all() and not shown[:, 384:].any()
-    assert set(shown[:, 128:256].ravel()) <= {0, 255}
+    base = generate(load_model(str(folder / "sdxl"), CPU), PROMPTS[:1], 0, SAMPLER, purpose="held-out")
+    expected = F.interpolate(load_detector(str(TOY / "detector"), CPU)(base)[:, None], (16, 16), mode="bilinear")
+    assert torch.equal(torch.tensor(shown[::8, 128:256:8, 0] > 0), problem_mask(expected, .2, 1)[0, 0] > 0) and set(shown[:, 128:256].ravel()) <= {0, 255}
 
 
 def test_without_test_prompts_the_last_100_are_held_out(folder, tmp_path, calls, capsys):
