@@ -211,7 +211,7 @@ def kl(p, q, eps=1e-6):
 def stop_reason(history, patience, max_drift):
     """Why to stop, or None. history: (held-out mean confidence, drift) of each evaluation, the one before training first."""
     confidence = [c for c, _ in history]
-    if history[-1][1] > max_drift:
+    if not history[-1][1] <= max_drift:                                   # a collapse to nan as well
         return f"drift {history[-1][1]:.2f} is beyond --max_drift {max_drift:g}"
     if len(history) > patience and min(confidence[-patience:]) >= min(confidence[:-patience]):
         return f"held-out confidence has not fallen for {patience} evaluations"

@@ -249,7 +249,7 @@ def test_kl_against_numpy():
 def test_early_stopping():
     falling = [(.5, 0.), (.4, .1), (.3, .2), (.2, .3)]
     assert diffdoctor.stop_reason(falling, 2, .5) is None and diffdoctor.stop_reason(falling[:1], 1, .5) is None
-    assert "--max_drift 0.25" in diffdoctor.stop_reason(falling, 2, .25)
+    assert "--max_drift 0.25" in diffdoctor.stop_reason(falling, 2, .25) and "nan" in diffdoctor.stop_reason([(.5, 0.), (math.nan, math.nan)], 3, .5)
     flat = [(.5, 0.), (.3, .1), (.35, .1), (.3, .1)]
     assert diffdoctor.stop_reason(flat, 3, .5) is None and "not fallen for 2" in diffdoctor.stop_reason(flat, 2, .5)
     assert "not fallen for 3" in diffdoctor.stop_reason([*flat, (.31, .1)], 3, .5) and diffdoctor.stop_reason([*flat, (.29, .1)], 3, .5) is None
@@ -626,14 +626,30 @@ def test_it_stops_early_and_stays_stopped(root, tmp_path, capsys):
 
 
 def test_an_instance_lora_is_continued(root, tmp_path, capsys):
-    """Section 4.3: treating starts at the LoRA it is given, and drift is measured from there."""
-    instance = treat(root, tmp_path / "instance", "--lr", .05, model="schnell")
-    capsys.readouterr()
-    out = treat(root, tmp_path / "treated", "--init_lora", instance, "--lr", 1e-6, "--max_drift", 99, model="schnell")
-    a, b = weights_of(instance), weights_of(out)
+    """Section 4.3: a LoRA that learned an instance from pictures is treated on instance and class prompts: it starts there, drift is from there."""
+    model = load_model(str(root / "schnell"), CPU)
+    params, times = trainable(model, 4), make_scheduler(model, "euler", 1000)
+    optimizer, pictures = torch.optim.AdamW(params, lr=1e-2), torch.rand(1, 3, 16, 16, generator=generator(0, "instance")).expand(4, -1, -1, -1)
+    x0, cond, losses = encode(model, pictures), condition(model, ["a purple heart"] * 4), []
+    for step in range(40):
+        g = generator(0, "dreambooth", step)
+        t = times.timesteps[torch.randint(1000, (4,), generator=g)]
+        loss = diffdoctor.offline_loss(model, times, x0, torch.randn(x0.shape, generator=g), t, cond)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < .9 * sum(losses[:10])
+    common.save_weights(model, tmp_path / "instance", 4)
+    sampler = dict(scheduler="euler", eta=0., num_inference_steps=4, guidance_scale=1.)
+    mean = common.load_detector(TOY / "detector", CPU)(generate(model, ["a red star"], 0, sampler, 2, purpose="held-out")).mean()
+
+    (tmp_path / "instance.txt").write_text("a purple heart\na heart above a blue square\n")
+    out = treat(root, tmp_path / "treated", "--init_lora", tmp_path / "instance", "--prompts", tmp_path / "instance.txt", "--lr", 1e-6, "--max_drift", 99,
+                model="schnell")
+    a, b = load_file(tmp_path / "instance" / "pytorch_lora_weights.safetensors"), weights_of(out)
     assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-5 for k in a) and not same(a, b)
-    assert log_of(out)[-1]["test_drift"] < .01 < log_of(instance)[-1]["test_drift"]
-    assert f"before: mean {log_of(instance)[-1]['test_mean']:.2%}" in capsys.readouterr().out
+    assert log_of(out)[-1]["test_drift"] < .1 and f"before: mean {mean:.2%}" in capsys.readouterr().out
 
 
 def test_no_signal_is_said(root, tmp_path, capsys, monkeypatch):
