@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))          # run as a script: find the packages `toy` and `common`
@@ -63,6 +64,13 @@ def fusion_influence(model, prompts, num_images=8, guidance_scale=5., steps=20, 
     return ((base - fused).abs().mean() / (base - reference).abs().mean()).item(), (reference, base, fused)
 
 
+def save_picture(images, name, columns):
+    """A grid in toy/pictures, of 256 colours: at most 150 KB."""
+    path = ROOT / "pictures" / f"{name}.png"
+    save_grid(images, path, columns)
+    Image.open(path).quantize(256).save(path, optimize=True)
+
+
 def save_reference(model, path=ROOT / "pictures" / "reference.png"):
     """Two small images that tests/test_toy_sd.py makes again: have the weights, or diffusers, changed?"""
     images = generate(model, ["a red circle", "a blue square left of a yellow circle"], 0, SAMPLER)
@@ -92,11 +100,11 @@ def main():
             rates, images = correct_rates(model, part, num_images, dict(SAMPLER, guidance_scale=guidance_scale))
             print(f"guidance {guidance_scale:g}, {name:<11}", {k: round(v, 3) for k, v in rates.items()}, flush=True)
             if name == "two objects":
-                save_grid(images[:96].unflatten(0, (24, 4))[:, :2].flatten(0, 1), ROOT / "pictures" / f"guidance_{guidance_scale:g}.png", 12)
+                save_picture(images[:96].unflatten(0, (24, 4))[:, :2].flatten(0, 1), f"guidance_{guidance_scale:g}", 12)
     save_reference(model)
     influence, pictures = fusion_influence(model, prompts[:8])
     print(f"fusion influence {influence:.3f}")
-    save_grid(torch.stack(pictures, 1)[::4].transpose(0, 1).flatten(0, 1), ROOT / "pictures" / "fusion.png", 16)
+    save_picture(torch.stack(pictures, 1)[::4].transpose(0, 1).flatten(0, 1), "fusion", 16)
     if not args.no_judges:
         print(json.dumps(quality.measure(), indent=1))
 
