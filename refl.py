@@ -20,6 +20,8 @@ Differences from the papers' code:
   $ python refl.py                                              # the toy world, minutes on two CPU cores
   $ python refl.py --model sd15 --reward pick --prompts captions.txt
   $ python combined_sample.py --lora runs/refl-toy-toy_pref --mode tuned --out images
+
+Measured (toy, defaults, one CPU core, three seeds; tests/claims.py refl): .9 s an update; held-out toy_pref 14.40 -> 15.84, dino_div .320 -> .174.
 """
 import time
 
