@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import test_coco
 import test_refl
 import tiny
 import torch
@@ -218,3 +219,21 @@ def test_the_toy_run_through_the_command_line(tmp_path, capsys):
     run("combined_sample", "--lora", tmp_path, "--mode", "combined", "--base_steps", 2, "--num_images", 1, "--out", tmp_path / "images")
     assert "base_guidance_scale  4.0" in capsys.readouterr().out
     assert pixels(tmp_path / "images" / "00000_00.png").shape == (64, 64, 3)
+
+
+def test_without_data_it_trains_on_coco(folder, tmp_path, monkeypatch, capsys):
+    """`python imagerefl.py --model sdxl --reward hps` just runs: captions once, images on first use, held-out captions of the other split."""
+    files = {test_coco.ZIP: test_coco.archive()}
+    files |= {f"/{split}2017/{i:012d}.jpg": test_coco.jpeg(i, w, h) for split, sizes in test_coco.SIZES.items() for i, w, h in sizes}
+    with test_coco.serving(files) as server:
+        monkeypatch.setenv("COCO_BASE", server.base)
+        monkeypatch.setenv("COCO_CACHE", str(tmp_path / "coco"))
+        words = ["--model", folder / "sd", "--reward", "toy_pref", *SHORT, "--refl_every", 2, "--train_steps", 2]
+        run("imagerefl", *words, "--out", tmp_path / "run")
+        fetched = Counter(path for path, _ in server.log)
+        assert fetched.pop(test_coco.ZIP) == 1 and set(fetched.values()) == {1}        # the archive once, each image once
+        assert 1 <= len(fetched) <= 4 and all(path.startswith("/train2017/") for path in fetched)
+        server.files.clear()                                                           # what is cached needs no network
+        run("imagerefl", *words, "--out", tmp_path / "again")
+    assert test_refl.log_of(tmp_path / "run") == test_refl.log_of(tmp_path / "again")
+    assert str(tmp_path / "coco") in capsys.readouterr().out
