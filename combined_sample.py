@@ -7,12 +7,14 @@ first steps and the tuned one the rest. Step i of T predicts with the weight w(i
 
   --mode base       w = 0
   --mode tuned      w = 1
-  --mode combined   w = 1[i >= base_steps]          a hard switch: 2 base_steps + (T - base_steps) denoiser passes
+  --mode combined   w = 1[i >= base_steps]          a hard switch: 2 base_steps + (T - base_steps) denoiser passes. The paper's base_steps of T = 40,
+                                                    SD1.5 and SDXL: ReFL 10, 20; ImageReFL 30, 35
   --mode aig        w = i / T                       annealed importance guidance (arXiv 2409.06493), exponent 1: every step runs both
 
 1. The released AIG runs its base without guidance, which by itself makes the base worse; here --base_guidance_scale decides (1: the release's).
 2. With a LoRA, base and tuned are one network with the adapter off and on: the second set of weights that the paper names as its limitation is
    the adapter's (megabytes). A full fine-tune needs both denoisers in memory, and this script says how much that is.
+3. SDXL's unconditional embedding is zeros, as diffusers has it; ImageReFL's release encodes "".
 
 For a run folder (or a snapshot in it) the model and the sampler come from the run's config.json, so that its images are made as it was trained;
 every flag overrides. Noise depends on (seed, index of the prompt, index of the image) alone: images of different modes, runs and batch sizes with
@@ -103,8 +105,8 @@ def parse_args(argv=None):
     for name in ("num_images", "num_inference_steps", "resolution", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: at least 1")
-    if args.num_inference_steps > 1000:
-        parser.error(f"--num_inference_steps {args.num_inference_steps}: at most the 1000 timesteps of training")
+    if args.num_inference_steps > 500:
+        parser.error(f"--num_inference_steps {args.num_inference_steps}: at most 500 of the 1000 timesteps of training")
     for name, unused in (("guidance_scale", "base"), ("base_guidance_scale", "tuned")):
         if getattr(args, name) is None:
             setattr(args, name, default[name])

@@ -783,6 +783,8 @@ class Parser(argparse.ArgumentParser):
         for name in ("train_steps", "batch_size", "micro_batch", "num_inference_steps", "save_every"):
             if getattr(args, name) < 1:
                 self.error(f"--{name} {getattr(args, name)}: at least 1")
+        if args.num_inference_steps > 500:
+            self.error(f"--num_inference_steps {args.num_inference_steps}: at most 500 of the 1000 timesteps of training")
         if args.lora_rank < 0 or not 0 < args.lr < 1:
             self.error(f"--lora_rank {args.lora_rank} --lr {args.lr:g}: the rank is 0 or more, the learning rate between 0 and 1")
         if args.init_lora:
@@ -847,7 +849,7 @@ def generate(*args, **kwargs):
 
 
 def held_out(run, reward, prompts, sampler, step, num_images=2):
-    """Mean reward of held-out prompts at fixed seeds; their pictures go to samples/, a row a prompt pair, so that one can flip through them."""
+    """Mean reward of held-out prompts at fixed seeds; their pictures go to samples/, so that one can flip through them."""
     images = generate(run.model, prompts, run.args.seed, sampler, num_images, purpose="held-out")
     save_grid(images, run.dir / "samples" / f"step_{step:06d}.png", columns=8)
     with torch.no_grad():

@@ -38,11 +38,11 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPConfig, CLIPModel, ViTModel
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import (CLIP_MEAN, CLIP_STD, ROOT, TOY, Parser, PickScore, die, encode_prompts, fetch, generate_batches, generator, load_lora, load_model,
-                    load_reward, merged, nearest, pick_device, published, read_prompts, resize_and_normalise, to_pil, trainable)
+from common import (CLIP_MEAN, CLIP_STD, ROOT, TOY, Parser, PickScore, die, encode_prompts, fetch, generate_batches, generator, load_detector, load_lora,
+                    load_model, load_reward, merged, nearest, pick_device, published, read_prompts, resize_and_normalise, to_pil, trainable)
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
@@ -192,23 +192,14 @@ class Dino:
         return F.normalize(self.vit(resize_and_normalise(images, self.size, self.mean, self.std)).last_hidden_state[:, 0], dim=-1)
 
 
-class Detector:
-    """(B, 2): mean and maximum over the pixels of an artifact detector's confidence in [0, 1]. Images are resized (not cropped) as its preprocessor
-    says; logits are upsampled bilinearly, then the sigmoid (DiffDoctor, section 3)."""
+def artifacts(source, device):
+    """(B, 2): mean and maximum over the pixels of an artifact detector's confidence in [0, 1] (DiffDoctor, section 3)."""
+    detector = load_detector(source, device)
 
-    def __init__(self, source, device):
-        processor = json.loads(fetch(source, "preprocessor_config.json").read_text())
-        self.size = processor["size"]["height"], processor["size"]["width"]
-        self.mean, self.std = (torch.tensor(processor[k], device=device).view(3, 1, 1) for k in ("image_mean", "image_std"))
-        self.net = load_complete(AutoModelForSemanticSegmentation, source).to(device)
-        if self.net.config.num_labels != 1:
-            raise ValueError(f"a detector has one class, this network {self.net.config.num_labels}")
-
-    def __call__(self, images, prompts=None):
-        images = F.interpolate(images, self.size, mode="bilinear", antialias=True) if images.shape[2:] != self.size else images
-        logits = F.interpolate(self.net((images - self.mean) / self.std).logits, self.size, mode="bilinear")
-        confidence = logits.sigmoid().flatten(1)
+    def scores(images, prompts=None):
+        confidence = detector(images).flatten(1)
         return torch.stack([confidence.mean(1), confidence.amax(1)], 1)
+    return scores
 
 
 class Inception:
@@ -329,7 +320,7 @@ def load_network(name, source, device):
             reward = load_reward("imagereward" + (f":{source}" if source else ""), device)[0]
             reward.raw = True
             return reward
-        build = {"dino": Dino, "detector": Detector, "inception": Inception, "toy_correct": lambda *_: verdicts,
+        build = {"dino": Dino, "detector": artifacts, "inception": Inception, "toy_correct": lambda *_: verdicts,
                  "toy_pref_b": lambda path, device: PickScore(path, path, device)}.get(name)
         return build(source, device) if build else load_reward(name + (f":{source}" if source else ""), device)[0]
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:

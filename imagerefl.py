@@ -1,7 +1,7 @@
 """ImageReFL: ReFL that starts from real images (Sorokin et al. 2025, arXiv 2505.22569).
 
 Noise a real image to t', denoise it without gradient to a random late step, predict the clean image there in one step with gradient, and raise its
-reward. The layout comes from the image, so the reward can change only what the last quarter of the steps decides: diversity survives.
+reward. In these updates the model never draws a layout of its own, which the reward could narrow.
 
   x_t'    = add_noise(encode(image), noise, t')             t' the timestep of step `start`; image and prompt are a pair of --data
   mid     ~ {first_mid .. last_mid}                         drawn once per update
@@ -18,11 +18,15 @@ Differences from the paper's code:
 3. mid is drawn once per update, not per micro-batch; Adam's eps is 1e-15, and one step per update: see refl.py, differences 1 and 2.
 4. Images are resized and cropped; the release squashes them to a square.
 5. A LoRA by default; --lora_rank 0 is the paper's full fine-tuning. The tuned model is meant for the last steps alone, after the base model:
-   combined_sample.py --mode combined. With a LoRA both are one network, adapter off and on.
+   combined_sample.py --mode combined. With a LoRA both are one network, adapter off and on. test_reward and samples/ show the tuned model alone, in
+   all steps.
 
   $ python imagerefl.py                                         # the toy world, minutes on two CPU cores
   $ python imagerefl.py --model sdxl --reward hps               # COCO, fetched on first use
-  $ python combined_sample.py --lora runs/imagerefl-toy-toy_pref --mode combined --base_steps 12 --out images
+  $ python combined_sample.py --lora runs/imagerefl-toy-toy_pref --mode combined --base_steps 14 --out images
+
+Measured (toy, defaults, one CPU core, three seeds; tests/claims.py imagerefl): .6 s an update; held-out toy_pref 14.40 -> 15.94, dino_div .320 -> .132
+alone, 16.22 and .148 after 14 of 20 steps of the base model, whose own are 15.59 and .210.
 """
 import time
 
@@ -30,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (MODELS, REWARDS, Parser, Run, condition, decode, denoise, diffusion_target, encode, encode_once, generator, held_out,
+from common import (REWARDS, Parser, Run, condition, decode, denoise, diffusion_target, encode, encode_once, generator, held_out,
                     initial_latents, load_model, load_reward, make_scheduler, merged, pick_device, predict_x0, print_settings, read_prompts, row_of,
                     sample, trainable)
 from prompts.coco import image_batches, image_data
@@ -53,11 +57,11 @@ OURS = {   # what we change, and the rows the paper does not have
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--model", default="toy", help=f"{', '.join(MODELS)}; or a diffusers folder or hub id (id@revision)")
+    parser.add_argument("--model", default="toy", help=f"{', '.join(OURS)}; or a diffusers folder or hub id (id@revision)")
     row = parser.settings(argv, OURS)
     parser.add_argument("--reward", help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH (toy_pref on toy)")
     parser.add_argument("--data", help="folder of images with metadata.jsonl, {file_name, text} a line (toy/images on toy; else COCO, fetched on first use)")
-    parser.add_argument("--prompts", help="prompts of the classic ReFL steps (the captions of --data)")
+    parser.add_argument("--prompts", help="prompts of the classic ReFL steps (toy/prompts_train.txt on toy; else the captions of --data)")
     parser.add_argument("--test_prompts", help="held-out prompts, the first 16 (toy/prompts_test.txt on toy; else captions of COCO's validation set)")
     parser.add_argument("--train_steps", type=int, default=row["train_steps"], help="optimizer updates")
     parser.add_argument("--batch_size", type=int, default=row["batch_size"], help="images per update")
@@ -121,7 +125,7 @@ def main(args):
     encode_once(model, data.captions + train_prompts + test_prompts)
 
     params = trainable(model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora)
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-15, weight_decay=1e-2, fused=True)     # eps: difference 2
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-15, weight_decay=1e-2, fused=True)     # eps: refl.py, difference 2
     scheduler = make_scheduler(model, "ddpm", args.num_inference_steps)
     t_start = scheduler.timesteps[args.start]                             # t'
     sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=args.num_inference_steps, guidance_scale=1.)
@@ -163,15 +167,15 @@ def main(args):
                 mse = diffusion_loss(denoise(model, noised[i:i + args.micro_batch], t_start, condition(model, part)), target[i:i + args.micro_batch])
                 loss = args.diffusion_weight * mse * len(part) / args.batch_size
                 loss.backward()
-                total, mses = total + loss.detach(), mses + [mse.detach()]
+                total, mses = total + loss.detach(), mses + [mse.detach() * len(part)]
 
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()           # the papers do not clip
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()           # ImageReFL does not clip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         stats = dict(loss=total.item(), reward=torch.cat(rewards).mean().item(), grad_norm=grad_norm,
                      grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, mid=mid, seconds=time.time() - start)
         if mses:
-            stats["mse"] = torch.stack(mses).mean().item()
+            stats["mse"] = torch.stack(mses).sum().item() / args.batch_size
         if step % args.save_every == 0 or step == args.train_steps:
             stats["test_reward"] = held_out(run, reward, test_prompts, sampler, step)
         run.log(step=step, **stats)

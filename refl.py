@@ -9,16 +9,19 @@ Denoise without gradient to a random late step, predict the clean image there in
   loss    = -reward_scale * r'                              r' = r mapped to about [0, 1] by a constant affine map; or
   loss    = reward_scale * relu(2 - r)                      --loss hinge: ImageReward's original, r the normalised ImageReward
 
+Images are sampled with the same ancestral steps (DDPM) as in training, without guidance.
+
 Differences from the papers' code:
 1. mid is drawn once per update, not per micro-batch: the prefix, four fifths of the work, then runs on the whole batch at once.
 2. Adam's eps is 1e-15. With the papers' 1e-8 a loss scaled by 1e-3 has gradients that sink under eps, and the real learning rate is a
    fraction of the one on paper (grad_rms is logged: it must stay well above eps). The ImageReFL release steps its optimizer twice per
    update, so its parameters move sqrt(2) lr: to repeat its speed multiply --lr by 1.4.
 3. A LoRA by default, so that it fits one GPU and the base model is the same network with the adapter off; --lora_rank 0 is the papers' full
-   fine-tuning. Images are sampled with the same 40 ancestral steps (DDPM) as in training, without guidance.
+   fine-tuning.
+4. Of ImageReward's own ReFL only the loss is here: its lr 1e-5, batch 64, 100 updates and clipping at 1 are not the defaults.
 
   $ python refl.py                                              # the toy world, minutes on two CPU cores
-  $ python refl.py --model sd15 --reward pick --prompts captions.txt
+  $ python refl.py --model sd15 --reward pick --prompts captions.txt --test_prompts unseen.txt
   $ python combined_sample.py --lora runs/refl-toy-toy_pref --mode tuned --out images
 
 Measured (toy, defaults, one CPU core, three seeds; tests/claims.py refl): .9 s an update; held-out toy_pref 14.40 -> 15.84, dino_div .320 -> .174.
@@ -28,7 +31,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import (MODELS, REWARDS, Parser, Run, condition, decode, denoise, encode_once, generator, held_out, initial_latents, load_model,
+from common import (REWARDS, Parser, Run, condition, decode, denoise, encode_once, generator, held_out, initial_latents, load_model,
                     load_reward, make_scheduler, merged, pick_device, predict_x0, print_settings, read_prompts, row_of, sample, trainable)
 
 PAPER = {  # ImageReFL, section 5 and its code; a release's "epoch" is 100 updates, ReFL runs 20
@@ -46,7 +49,7 @@ OURS = {   # what we change, and the rows the paper does not have
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--model", default="toy", help=f"{', '.join(MODELS)}; or a diffusers folder or hub id (id@revision)")
+    parser.add_argument("--model", default="toy", help=f"{', '.join(OURS)}; or a diffusers folder or hub id (id@revision)")
     row = parser.settings(argv, OURS)
     parser.add_argument("--reward", help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH (toy_pref on toy)")
     parser.add_argument("--loss", choices=("linear", "hinge"), default="linear", help="-r' or ImageReward's relu(2 - r)")
@@ -73,6 +76,8 @@ def parse_args(argv=None):
     args = parser.finish(argv, "refl")
     if not 0 <= args.first_mid <= args.last_mid < args.num_inference_steps:
         parser.error(f"--first_mid {args.first_mid} --last_mid {args.last_mid}: 0 <= first_mid <= last_mid < num_inference_steps = {args.num_inference_steps}")
+    if args.loss == "hinge" and args.reward.partition(":")[0] != "imagereward":
+        parser.error("--loss hinge is ImageReward's: relu(2 - r) is 0, or never fades, for the scale of another --reward")
     return args
 
 
@@ -102,7 +107,7 @@ def main(args):
     encode_once(model, train_prompts + test_prompts)
 
     params = trainable(model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora)
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-15, weight_decay=1e-2, fused=True)     # eps: difference 2
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-15, weight_decay=1e-2, fused=True)     # eps: refl.py, difference 2
     scheduler = make_scheduler(model, "ddpm", args.num_inference_steps)
     sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=args.num_inference_steps, guidance_scale=1.)
     run = Run(args, sampler, model)
@@ -130,7 +135,7 @@ def main(args):
             loss.backward()
             total, rewards = total + loss.detach(), rewards + [r.detach()]
 
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()           # the papers do not clip
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()           # ImageReFL does not clip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         stats = dict(loss=total.item(), reward=torch.cat(rewards).mean().item(), grad_norm=grad_norm,

@@ -8,6 +8,7 @@ deviation over seeds behind the sign; held-out prompts and image seeds are the s
 """
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,6 +58,8 @@ def held_out_prompts(out):
 def images(out, name, *words):
     """Images of one row of a table; returns their folder."""
     folder = out / "images" / name
+    if not (folder / "metadata.jsonl").exists():
+        shutil.rmtree(folder, ignore_errors=True)                         # killed while it was sampled
     call(out, name, "combined_sample", *words, "--prompts", held_out_prompts(out), "--num_images", IMAGES, "--out", folder, done=folder / "metadata.jsonl")
     return folder
 
@@ -87,6 +90,8 @@ def train(out, name, script, *words):
     """One training run, continued if it was cut off; returns its folder."""
     run = out / name
     config = run / "config.json"
+    if not (run / "checkpoint" / "state.pt").exists():
+        shutil.rmtree(run, ignore_errors=True)                            # killed before its first snapshot
     if not config.exists() or not (run / "lora" / f"step_{json.loads(config.read_text())['train_steps']:06d}").exists():
         call(out, name, script, *words, "--out", run, *(["--resume"] if (run / "checkpoint" / "state.pt").exists() else []))
     return run
@@ -155,8 +160,11 @@ def imagerefl(out, jobs):
         name, run = kinds[kind][0], runs[kind, seed]
         steps = (SWITCH,) if kind.startswith("no_") else BASE_STEPS
         folder = out / "images" / f"{kind}_{seed}_combined"
+        last = folder / (f"base_steps_{steps[-1]}" if len(steps) > 1 else "") / "metadata.jsonl"
+        if not last.exists():
+            shutil.rmtree(folder, ignore_errors=True)
         call(out, folder.name, "combined_sample", "--lora", run, "--mode", "combined", "--base_steps", *steps, "--prompts", held_out_prompts(out),
-             "--num_images", IMAGES, "--out", folder, done=folder / (f"base_steps_{steps[-1]}" if len(steps) > 1 else "") / "metadata.jsonl")
+             "--num_images", IMAGES, "--out", folder, done=last)
         for n in steps:
             results[f"{name} + combined, {n} base steps", seed] = metrics(out, folder / f"base_steps_{n}" if len(steps) > 1 else folder, f"{folder.name}_{n}")
         results[name, seed] = metrics(out, images(out, f"{kind}_{seed}", "--mode", "tuned", "--lora", run))

@@ -492,7 +492,7 @@ def test_bad_values(folder, tmp_path, capsys, monkeypatch):
         (["--micro_batch", 3], ["even"]),
         (["--inner_epochs", 0], ["at least one epoch"]),
         (["--train_timesteps", 21], ["num_inference_steps 20"]),
-        (["--num_inference_steps", 2000, "--train_timesteps", 1], ["1000"]),
+        (["--num_inference_steps", 2000, "--train_timesteps", 1], ["at most 500"]),
         (["--fusion_steps", "21-1"], ["20 down to 1"]),
         (["--fusion_steps", "18-1-2"], ["18-1-2", "dash"]),
         (["--fusion_layers", "up"], ["up", "3-6"]),

@@ -12,7 +12,7 @@ import tiny
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_refl import log_of, same, weights_of
 from test_sampling_scripts import files, run
 
@@ -479,7 +479,7 @@ def test_the_loop_that_a_person_walks(world, tmp_path, capsys):
     images = torch.rand(2, 3, 96, 96, generator=generator(0, "i"))
     with torch.no_grad():                                                          # evaluate.py reads it, and sees the same
         maps = common.load_detector(trained, CPU)(images).flatten(1)
-        torch.testing.assert_close(evaluate.Detector(trained, CPU)(images), torch.stack([maps.mean(1), maps.amax(1)], 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(evaluate.artifacts(trained, CPU)(images), torch.stack([maps.mean(1), maps.amax(1)], 1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_metrics_of_a_run_by_hand(world):

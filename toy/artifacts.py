@@ -8,7 +8,7 @@ but the idea: "a" for toy/detector, "b" for toy/detector_b, which judges what wa
 """
 import numpy as np
 
-from .scenes import COLOURS, INNER, REACH, SIZE, grid, polygon, render
+from .scenes import COLOURS, REACH, SIZE, grid, polygon, render
 
 
 def soften(x, sigma=1.):

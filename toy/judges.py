@@ -16,7 +16,7 @@ from transformers import (CLIPConfig, CLIPModel, ConvNextConfig, PreTrainedToken
                           UperNetForSemanticSegmentation, ViTConfig, ViTModel)
 
 from .artifacts import corrupt
-from .scenes import COLOURS, KINDS, RELATIONS, SHAPES, SIZE, all_captions, caption_of, held_out, parse_caption, render, sample_scene
+from .scenes import COLOURS, KINDS, RELATIONS, SHAPES, SIZE, all_captions, caption_of, parse_caption, render, sample_scene
 from .training import DEVICE, ROOT, fit, rng_of
 
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
