@@ -25,7 +25,7 @@ Differences from the paper's code:
   $ python imagerefl.py --model sdxl --reward hps               # COCO, fetched on first use
   $ python combined_sample.py --lora runs/imagerefl-toy-toy_pref --mode combined --base_steps 14 --out images
 
-Measured (toy, defaults, one CPU core, three seeds; tests/claims.py imagerefl): .6 s an update; held-out toy_pref 14.40 -> 15.94, dino_div .320 -> .132
+Measured (toy, defaults, one CPU core, three seeds; tests/claims.py imagerefl): .5 s an update; held-out toy_pref 14.40 -> 15.94, dino_div .320 -> .132
 alone, 16.22 and .148 after 14 of 20 steps of the base model, whose own are 15.59 and .210.
 """
 import time

@@ -141,6 +141,11 @@ def refl(out, jobs):
         axis.set(title=metric, xlabel="updates")
     axes[0].legend(fontsize=8)
     figure.savefig(out / "over_training.png", dpi=90)
+    before, after = (Image.open(runs[0] / "samples" / f"{name}.png").convert("RGB").reduce(2) for name in ("step_000000", snapshots[-1]))
+    both = Image.new("RGB", (2 * before.width + 16, before.height), "white")
+    both.paste(before, (0, 0))
+    both.paste(after, (before.width + 16, 0))
+    both.quantize(256).save(out / "before_after.png", optimize=True)
 
 
 def imagerefl(out, jobs):

@@ -349,8 +349,8 @@ def test_cached_and_uncached_runs_give_the_same_numbers(folder, tmp_path):
                                       for pool, n in ((8, 2), (0, 2), (4, 2), (8, 3)))
     assert cached == uncached and same(weights_of(tmp_path / "8_2"), weights_of(tmp_path / "0_2"))
     assert short[0] == cached[0] and short[1]["area"] == short[0]["area"] != cached[1]["area"]
-    for key, rel in dict(reward=1e-3, loss=1e-3, area=1e-3, grad_norm=.05).items():
-        assert micro[0][key] == pytest.approx(cached[0][key], rel=rel)
+    for key in ("reward", "loss", "area"):                                # not grad_norm: at the start I - I0 is rounding, and a norm's gradient has unit length
+        assert micro[0][key] == pytest.approx(cached[0][key], rel=1e-3)
 
 
 def test_cached_and_uncached_saliency(folder, tmp_path):
