@@ -614,7 +614,7 @@ def test_a_small_step_against_the_gradient_lowers_the_confidence(root, pixels):
     size = sum(g.square().sum() for g in grads)
     for p, g in zip(params, grads):
         p.data -= 1e-3 / size * g
-    assert (before - loss()).item() == pytest.approx(1e-3, rel=.3)
+    assert (before - loss()).item() == pytest.approx(1e-3, rel=.3 if pixels == "mean" else .7)      # a pixel may cross the threshold, or another be the largest
 
 
 def test_it_stops_early_and_stays_stopped(root, tmp_path, capsys):
