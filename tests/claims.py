@@ -1,7 +1,7 @@
 """The experiments behind the README's tables: every figure there is printed by this file. Restartable: what is done is not done again.
 
   $ OMP_NUM_THREADS=1 python tests/claims.py refl --out claims --jobs 2             # 3 training runs and their images
-  $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 5 more runs; uses refl's
+  $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 9 more runs; uses refl's
 
 Writes DIR/<experiment>/table.md, results.json and plots. The training seed is the unit: a figure is the mean over seeds, with the standard
 deviation over seeds behind the sign; held-out prompts and image seeds are the same for every row.
@@ -27,6 +27,7 @@ PROMPTS, IMAGES = 40, 8
 METRICS = ("toy_pref", "toy_pref_b", "toy_correct", "dino_div", "frechet_toy")
 BASE_STEPS = (5, 8, 11, 14, 17)                  # of 20: the switch points of combined generation
 SWITCH = 11                                      # the one that the ablations are shown at
+MATCH = 14                                       # the one at which ImageReFL's number of updates is chosen, on training prompts
 
 
 def call(out, name, script, *words, done=None):
@@ -55,12 +56,20 @@ def held_out_prompts(out):
     return path
 
 
-def images(out, name, *words):
-    """Images of one row of a table; returns their folder."""
+def training_prompts(out):
+    """For choices: what is tuned is tuned on these, and reported on the held-out ones."""
+    path = out / "training_prompts.txt"
+    path.write_text("\n".join((ROOT / "toy" / "prompts_train.txt").read_text().splitlines()[:PROMPTS]) + "\n")
+    return path
+
+
+def images(out, name, *words, prompts=None, num_images=IMAGES):
+    """Images of one row of a table, of held-out prompts unless said otherwise; returns their folder."""
     folder = out / "images" / name
     if not (folder / "metadata.jsonl").exists():
         shutil.rmtree(folder, ignore_errors=True)                         # killed while it was sampled
-    call(out, name, "combined_sample", *words, "--prompts", held_out_prompts(out), "--num_images", IMAGES, "--out", folder, done=folder / "metadata.jsonl")
+    call(out, name, "combined_sample", *words, "--prompts", prompts or held_out_prompts(out), "--num_images", num_images, "--out", folder,
+         done=folder / "metadata.jsonl")
     return folder
 
 
@@ -154,7 +163,7 @@ def imagerefl(out, jobs):
              "no_diffusion": ("ImageReFL without the diffusion loss", "imagerefl", "--diffusion_weight", 0),
              "no_refl": ("ImageReFL without ReFL steps", "imagerefl", "--refl_every", 0)}
     runs = {(kind, seed): out.parent / "refl" / f"run_{seed}" if kind == "refl" else out / f"{kind}_{seed}"
-            for seed in SEEDS for kind in kinds if seed == 0 or not kind.startswith("no_")}       # the ablations: one seed
+            for seed in SEEDS for kind in kinds}
     together(jobs, [lambda k=k, s=s: train(runs[k, s].parent, runs[k, s].name, *kinds[k][1:], "--seed", s) for k, s in runs])
 
     results = {("real scenes", 0): metrics(out, renders(out))}
@@ -185,6 +194,28 @@ def imagerefl(out, jobs):
         a, b = (f"{name} + combined, {n} base steps" for name in ("ImageReFL", "ReFL"))
         differences = {m: [results[a, s][m] - results[b, s][m] for s in SEEDS] for m in METRICS}
         print(f"  {n:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in differences.items()))
+
+    # ImageReFL goes further in as many updates. Which snapshot of it is as diverse as the last of ReFL? Asked on training prompts, seed 0.
+    at = ("--mode", "combined", "--base_steps", MATCH)
+    tuning, snapshots = {}, sorted(p.name for p in (runs["refl", 0] / "lora").glob("step_*"))
+    together(jobs, [lambda k=k, n=n: tuning.update({(k, n): metrics(out, images(
+        out, f"tuning_{k}_{n}", "--lora", runs[k, 0] / "lora" / n, *at, prompts=training_prompts(out), num_images=4))})
+        for k in ("refl", "imagerefl") for n in snapshots])
+    print(f"\ntraining prompts, seed 0, {MATCH} base steps")
+    for (k, n), row in sorted(tuning.items()):
+        print(f"  {k:<10}{n}  " + "  ".join(f"{m} {v:.3f}" for m, v in row.items() if m != "frechet_toy"))
+    matched = min(snapshots, key=lambda n: abs(tuning["imagerefl", n]["dino_div"] - tuning["refl", snapshots[-1]]["dino_div"]))
+    cells = [(k, n, b, s) for k, n in (("imagerefl", matched), ("refl", matched)) for b in (*BASE_STEPS[2:],) for s in SEEDS]
+    equal = {}
+    together(jobs, [lambda k=k, n=n, b=b, s=s: equal.update({(k, n, b, s): metrics(out, images(
+        out, f"{k}_{s}_{n}_{b}", "--lora", runs[k, s] / "lora" / n, "--mode", "combined", "--base_steps", b))}) for k, n, b, s in cells])
+    later = {f"{kinds[k][0]}, {int(n.removeprefix('step_'))} updates + combined, {b} base steps": over_seeds([equal[k, n, b, s] for s in SEEDS])
+             for k, n, b, _ in cells}
+    write_table(out, rows | later)
+    print(f"\nImageReFL after {int(matched.removeprefix('step_'))} updates minus ReFL after {int(snapshots[-1].removeprefix('step_'))}, paired: mean (each seed)")
+    for b in BASE_STEPS[2:]:
+        differences = {m: [equal["imagerefl", matched, b, s][m] - results[f"ReFL + combined, {b} base steps", s][m] for s in SEEDS] for m in METRICS}
+        print(f"  {b:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in differences.items()))
 
     import matplotlib
     matplotlib.use("Agg")

@@ -259,3 +259,17 @@ def test_command_line(tmp_path):
     for args in [(tmp_path / "a.png", "a red cube"), (tmp_path / "b.png", "a red circle"), (tmp_path / "a.png",)]:
         wrong = run(*args)
         assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and not wrong.stdout
+
+
+def test_recognised_is_the_nearest_reading():
+    for i, scene in enumerate(scenes(100, seed=5)):
+        image = render(scene)[0]
+        assert oracle.recognised(image, scene["caption"])
+        for captions in oracle.wrong_captions(scene["caption"]).values():
+            assert not oracle.recognised(image, captions[i % len(captions)])
+    six = picture(thing("red", "star", vertices=polygon("star", arms=6)))
+    assert oracle.correct(six, "a red star") is False and oracle.recognised(six, "a red star")
+    assert not oracle.recognised(six, "a red circle") and not oracle.recognised(six, "a blue star") and not oracle.recognised(picture(), "a red star")
+    diagonal = picture(thing("red", "circle", x=.3, y=.3), thing("blue", "circle", x=.7, y=.72))
+    assert oracle.correct(diagonal, "a red circle above a blue circle") is None
+    assert oracle.recognised(diagonal, "a red circle above a blue circle") and not oracle.recognised(diagonal, "a red circle left of a blue circle")

@@ -78,13 +78,15 @@ def save_reference(model, path=ROOT / "pictures" / "reference.png"):
 
 
 def correct_rates(model, prompts, num_images, sampler, seed=0):
-    """Shares of the images that the oracle calls right, wrong, and abstains on; and the share with a detector confidence above .5."""
+    """Shares of the images that the oracle calls right, wrong, and abstains on; whose nearest reading is the caption (oracle.recognised); and with
+    a detector confidence above .5."""
     images = generate(model, prompts, seed, sampler, num_images)
     each = [p for p in prompts for _ in range(num_images)]
     verdicts = [oracle.correct(image, prompt) for image, prompt in zip(images, each)]
     confidence = quality.artifact_confidence(images).flatten(1).amax(1)
     rates = {str(v): verdicts.count(v) / len(verdicts) for v in (True, False, None)}
-    return dict(rates, artifacts=(confidence > .5).float().mean().item(), images=len(images)), images
+    nearest = [oracle.recognised(image, prompt) for image, prompt in zip(images, each)]
+    return dict(rates, recognised=sum(nearest) / len(nearest), artifacts=(confidence > .5).float().mean().item(), images=len(images)), images
 
 
 def main():

@@ -209,6 +209,7 @@ def read(image):
     x, y       the centre, in [0, 1], y downwards; area: share of the canvas, in [0, 1]
     residual   rms error of the outline against the best shape, relative to the mean radius (FIT)
     colours    what is possible at all, {colour: 1 sure, 0 maybe}; shapes alike, {shape: 1 sure, 0 maybe}
+    nearest    (colour, shape) that come closest, however far away they are
     """
     image = to_array(image)
     background = background_of(image)
@@ -229,7 +230,8 @@ def read(image):
         colours = {c: int(a < HUE_SURE) for c, a in zip(COLOURS, angles) if a < HUE_MAYBE}
         objects.append(dict(colour=next((c for c in colours if colours[c]), None), shape=next((s for s in shapes if shapes[s]), None),
                             x=float(x + .5) / SIZE, y=float(y + .5) / SIZE, area=float(alpha.sum()) / SIZE ** 2,
-                            residual=min(errors[s] for s in SHAPES) + hole, colours=colours, shapes=shapes))
+                            residual=min(errors[s] for s in SHAPES) + hole, colours=colours, shapes=shapes,
+                            nearest=(list(COLOURS)[hue_angles(np.array([chroma]))[0].argmin()], min(SHAPES, key=errors.get))))
     return sorted(objects, key=lambda o: -o["area"])
 
 
@@ -253,6 +255,20 @@ def judge(objects, caption):
         facts = [o["colours"].get(c, -1) for o, (c, _) in zip(order, kinds)] + [o["shapes"].get(s, -1) for o, (_, s) in zip(order, kinds)]
         verdict = max(verdict, min(facts + ([related(*order, relation)] if relation else [])))
     return False if verdict < 0 else None if verdict == 0 or specks else True
+
+
+def recognised(image, caption):
+    """Whether the caption is the nearest reading of the image: as many objects of notable size, their nearest colours and shapes, and the direction
+    between them. What a classifier or a parser without a class for malformed shapes would say: a star with six arms is still a star to it."""
+    things = [o for o in read(image) if o["area"] * SIZE ** 2 >= NOTABLE]
+    kinds, relation = parse_caption(caption)
+    if sorted(o["nearest"] for o in things) != sorted(kinds):
+        return False
+    if relation is None:
+        return True
+    a, b = sorted(things, key=lambda o: o["nearest"] != kinds[0])
+    dx, dy = b["x"] - a["x"], b["y"] - a["y"]
+    return dx > abs(dy) if relation == "left of" else dy > abs(dx)
 
 
 def correct(image, caption):
