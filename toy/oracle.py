@@ -209,7 +209,7 @@ def read(image):
     x, y       the centre, in [0, 1], y downwards; area: share of the canvas, in [0, 1]
     residual   rms error of the outline against the best shape, relative to the mean radius (FIT)
     colours    what is possible at all, {colour: 1 sure, 0 maybe}; shapes alike, {shape: 1 sure, 0 maybe}
-    nearest    (colour, shape) that come closest, however far away they are
+    nearest    (colour, shape) that come closest, however far away they are; a star with a wrong number of arms is a star here
     """
     image = to_array(image)
     background = background_of(image)
@@ -231,7 +231,7 @@ def read(image):
         objects.append(dict(colour=next((c for c in colours if colours[c]), None), shape=next((s for s in shapes if shapes[s]), None),
                             x=float(x + .5) / SIZE, y=float(y + .5) / SIZE, area=float(alpha.sum()) / SIZE ** 2,
                             residual=min(errors[s] for s in SHAPES) + hole, colours=colours, shapes=shapes,
-                            nearest=(list(COLOURS)[hue_angles(np.array([chroma]))[0].argmin()], min(SHAPES, key=errors.get))))
+                            nearest=(list(COLOURS)[hue_angles(np.array([chroma]))[0].argmin()], best.replace("malformed", "star"))))
     return sorted(objects, key=lambda o: -o["area"])
 
 
