@@ -6,7 +6,7 @@ DRaFT with a regional penalty: raise the reward, and hold the tuned image to the
   M       = problem_mask(map of I0)                         1 where I0 has a problem: a map above --threshold, grown by --dilate pixels
   latents = sample(x_T, steps 0 .. T-K-1)                   the tuned model, same prompt and x_T, DDIM with eta 0; no gradient
   I       = draft(latents)                                  its last K = --grad_steps steps and the decoder, with gradient (DRaFT-K)
-  change  = ||(1 - M) (I - I0)||_F / sqrt(values in 1 - M)  per image
+  change  = ||(1 - M) (I - I0)||_F / sqrt(values in 1 - M)  per image; free below about LEVEL: hypot(change, LEVEL) - LEVEL
   loss    = -(r' - beta * change)                           r' of the whole image, mapped to about [0, 1]; --beta 0 is DRaFT, the paper's baseline
 
   --region heatmap      the confidence map of --detector; reward: "artifact", minus its mean (or any other)
@@ -14,8 +14,9 @@ DRaFT with a regional penalty: raise the reward, and hold the tuned image to the
   --concept BAD GOOD    r = cos(image, GOOD) - cos(image, BAD), of --reward's CLIP, the prompt left out: for concepts that are unwanted
 
 No code was released, and only the abstract was at hand, with second-hand summaries: K = 2, rank 64 and the term itself are the paper's. Ours:
-1. change is divided by the root of the number of values it is taken over, so that beta means the same at every resolution and mask; --raw_norm is
-   the paper's own form. A mask over everything leaves nothing to hold: 0.
+1. change is divided by the root of the number of values it is taken over, so that beta means the same at every resolution and mask. The gradient of
+   a norm has unit length however small the norm: at the start I - I0 is the last digits of a float, and the first updates would follow them. So
+   changes well below one step of 8 bits do not count. --raw_norm is the paper's form, without either. A mask over everything leaves nothing to hold.
 2. An empty mask (nothing wrong) keeps its pair: the formula as it stands then holds the whole image. Such pairs are counted (log: empty).
 3. Pairs (prompt, x_T) come from a finite --pool, in turn; their I0 and M are made before training and kept in memory (512 px: 3 MiB a pair).
    --pool 0 draws new pairs for every update, and samples twice.
@@ -52,6 +53,7 @@ OURS = {   # ours but for the two above
 }
 THRESHOLD = dict(heatmap=.2, saliency=.5)                                 # ours
 ARTIFACT = Reward(None, -1., 0.)                                          # minus the mean confidence of the detector
+LEVEL = 1 / 255                                                           # one step of an 8-bit picture
 SHOWN = 8                                                                 # held-out images in the pictures of I0 | M | I | difference
 
 
@@ -159,7 +161,8 @@ def focus_loss(images, base, mask, r, beta, raw=False):
     """-(r' - beta ||(1 - M) (I - I0)||), the mean over the batch: images I and base I0 (B, 3, H, W), mask M (B, 1, H, W), r' (B,)."""
     outside = change(images, base, 1 - mask, raw)
     stats = dict(outside=outside.detach(), inside=change(images.detach(), base, mask, raw), area=mask.mean((1, 2, 3)))
-    return (beta * outside - r).mean(), stats
+    penalty = outside if raw else torch.hypot(outside, torch.full_like(outside, LEVEL)) - LEVEL
+    return (beta * penalty - r).mean(), stats
 
 
 @torch.no_grad()

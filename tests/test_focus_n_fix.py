@@ -71,7 +71,9 @@ def test_the_penalty_by_hand():
     torch.testing.assert_close(change(images, base, 1 - mask), raw / 24 ** .5)
     torch.testing.assert_close(change(images, base, mask), torch.tensor([9., 9.]))
     loss, stats = focus_loss(images, base, mask, torch.tensor([1., 3.]), 2.)
-    torch.testing.assert_close(loss, -torch.tensor(2.) + 2 * (raw / 24 ** .5).mean())
+    torch.testing.assert_close(loss, -torch.tensor(2.) + 2 * ((raw ** 2 / 24 + 255 ** -2) ** .5 - 1 / 255).mean())
+    loss, _ = focus_loss(images, base, mask, torch.tensor([1., 3.]), 2., raw=True)
+    torch.testing.assert_close(loss, -torch.tensor(2.) + 2 * raw.mean())
     torch.testing.assert_close(stats["area"], torch.tensor([.5, .5]))
     assert torch.equal(change(images, base, torch.zeros_like(mask)), torch.zeros(2))      # everything may change: nothing to hold
     big = [F.interpolate(x, scale_factor=4) for x in (images, base, 1 - mask)]
@@ -86,6 +88,18 @@ def test_the_gradient_of_the_loss_is_right_and_outside_only():
         assert torch.autograd.gradcheck(lambda x: focus_loss(x, base, mask, torch.zeros(2), 1.5, raw)[0], images)
     (g,) = torch.autograd.grad(focus_loss(images, base, mask, torch.zeros(2), 1.5)[0], images)
     assert ((g != 0) == (mask.expand_as(g) == 0)).all()
+
+
+def test_rounding_does_not_pull():
+    """A norm's gradient has unit length at a change of 1e-7 too; ours grows with the change, and is the norm's where one could see it."""
+    base, mask = draw(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)
+    pull = {}
+    for size in (1e-7, .1):
+        for raw in (False, True):
+            images = (base + size).requires_grad_()
+            focus_loss(images, base, mask, torch.zeros(1), 1., raw)[0].backward()
+            pull[size, raw] = images.grad.norm() * (1 if raw else 192 ** .5)
+    assert abs(pull[1e-7, True] - 1) < 1e-3 and pull[1e-7, False] < 1e-4 and abs(pull[.1, False] - 1) < 1e-3
 
 
 @pytest.mark.parametrize("dilate", [0, 1, 3, 20])
