@@ -30,6 +30,8 @@ Writes 00000_00.png (prompt, image), grid.png and, last of all, metadata.jsonl: 
   $ python combined_sample.py --lora runs/refl-toy-toy_pref --mode combined --base_steps 5 10 15 --out images/combined
   $ python combined_sample.py --model sdxl --mode base --prompts captions.txt --out images/sdxl
 """
+import contextlib
+import itertools
 import json
 import math
 import sys
@@ -152,8 +154,7 @@ def mixed_prediction(model, latents, t, cond, uncond, w, guidance_scale, base_gu
         with base_model(model):
             base = denoise(model, latents, t, cond, base_guidance_scale, uncond)
     if w > 0:
-        with merged(model):
-            tuned = denoise(model, latents, t, cond, guidance_scale, uncond)
+        tuned = denoise(model, latents, t, cond, guidance_scale, uncond)
     return base if w == 0 else tuned if w == 1 else torch.lerp(base, tuned, w)
 
 
@@ -171,10 +172,12 @@ def sample_folder(model, prompts, args, out, base_steps=None):
             part = jobs[j:j + args.batch_size]
             generators = [generator(args.seed, "image", i, k) for i, k in part]
             latents, cond, uncond = initial_latents(model, generators), condition(model, [prompts[i] for i, _ in part]), condition(model, [None] * len(part))
-            for i, t in enumerate(scheduler.timesteps):
-                w = weight(args.mode, i, len(scheduler.timesteps), base_steps)
-                noise_pred = mixed_prediction(model, latents, t.to(model.device), cond, uncond, w, args.guidance_scale, args.base_guidance_scale)
-                latents = scheduler_step(scheduler, noise_pred, t, latents, generators, args.eta)
+            steps = [(weight(args.mode, i, len(scheduler.timesteps), base_steps), t) for i, t in enumerate(scheduler.timesteps)]
+            for alone, part_of_steps in itertools.groupby(steps, key=lambda step: step[0] == 1):
+                with merged(model) if alone else contextlib.nullcontext():             # once; where the base has a part the LoRA stays apart
+                    for w, t in part_of_steps:
+                        noise_pred = mixed_prediction(model, latents, t, cond, uncond, w, args.guidance_scale, args.base_guidance_scale)
+                        latents = scheduler_step(scheduler, noise_pred, t, latents, generators, args.eta)
             for (i, k), image in zip(part, decode(model, latents).cpu()):
                 rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompts[i], prompt_id=i, seed=args.seed))
                 to_pil(image).save(out / rows[-1]["file_name"])

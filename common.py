@@ -197,7 +197,7 @@ def load_model(name, device, resolution=None, full=False):
     for module in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
         if absent := [k for k, p in module.named_parameters() if p.is_meta]:
             die(f"--model {name}: the weights of its {type(module).__name__} lack {absent[0]}")
-        module.requires_grad_(False).eval().to(device)
+        module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     default = pipe.vae.config.sample_size if cls is FluxPipeline else pipe.unet.config.sample_size * pipe.vae_scale_factor
     resolution = resolution or default
     if resolution % (8 * pipe.vae_scale_factor) and resolution != default:
@@ -245,7 +245,7 @@ def condition(model, prompts):
         if len(model.embeds) > MAX_EMBEDS:
             model.embeds.clear()
         encode_prompts(model, prompts)
-    stacked = [torch.stack(x).to(model.device) for x in zip(*(model.embeds[p] for p in prompts))]
+    stacked = [torch.stack(x).to(model.device, non_blocking=True) for x in zip(*(model.embeds[p] for p in prompts))]
     if model.flow:
         return {"encoder_hidden_states": stacked[0], "pooled_projections": stacked[1]}
     cond = {"encoder_hidden_states": stacked[0]}
@@ -257,18 +257,19 @@ def condition(model, prompts):
 
 
 def denoise(model, latents, t, cond, guidance_scale=1., uncond=None):
-    """One call of the denoiser. latents (B, C, h, w) fp32, t a scalar or (B,) timestep -> the model's output (B, C, h, w) fp32.
+    """One call of the denoiser. latents (B, C, h, w) fp32, t a scalar or (B,) timestep, on the CPU too -> the model's output (B, C, h, w) fp32.
 
     guidance_scale > 1 needs `uncond` and runs both halves in one batch: eps_u + w (eps_c - eps_u); flux-dev takes it as an input. Under autocast
     in a bf16 model, so that fp32 trainables meet bf16 activations; each call opens its own, because a cast cached without gradient would be
     reused with it.
     """
+    t = t.to(latents.device, non_blocking=True)                           # the host goes on queueing kernels; a plain copy waits for the GPU
     call = _flux if model.flow else lambda model, latents, t, cond, _: model.denoiser(latents, t, **cond).sample
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         if guidance_scale == 1 or model.distilled:
             return call(model, latents, t, cond, guidance_scale).float()
         both = _cat(uncond, cond)
-        t = t if torch.as_tensor(t).ndim == 0 else torch.cat([t, t])
+        t = t if t.ndim == 0 else torch.cat([t, t])
         u, c = call(model, torch.cat([latents, latents]), t, both, guidance_scale).float().chunk(2)
     return u + guidance_scale * (c - u)
 
@@ -280,8 +281,7 @@ def _flux(model, latents, t, cond, guidance_scale):
     ids = dict(img_ids=FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, device, torch.float32),
                txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=device))
     guidance = torch.full((b,), float(guidance_scale), device=device) if model.distilled else None
-    t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(b)
-    out = model.denoiser(packed, timestep=t / 1000, guidance=guidance, **ids, **cond).sample
+    out = model.denoiser(packed, timestep=t.float().expand(b) / 1000, guidance=guidance, **ids, **cond).sample
     return FluxPipeline._unpack_latents(out, h, w, 1)                     # 1: h and w are those of latents already
 
 
@@ -338,7 +338,7 @@ def sample(model, scheduler, latents, cond, first, last, generators, guidance_sc
     """
     with torch.set_grad_enabled(grad):
         for t in scheduler.timesteps[first:last]:
-            noise_pred = denoise(model, latents, t.to(model.device), cond, guidance_scale, uncond)
+            noise_pred = denoise(model, latents, t, cond, guidance_scale, uncond)
             latents = scheduler_step(scheduler, noise_pred, t, latents, generators, eta)
     return latents
 
@@ -385,6 +385,7 @@ def trainable(model, lora_rank, seed=0, checkpointing=False, compile=False, init
     if checkpointing or model.device.type == "cuda":
         model.vae.enable_gradient_checkpointing()                         # the first thing to checkpoint: 2.8 -> .4 GiB an image at 512 px
     if compile:
+        torch._dynamo.config.recompile_limit = 64                         # a graph per width, batch and gradient mode: more than the default of 8
         model.denoiser.compile_repeated_blocks(fullgraph=True)
     return params
 
@@ -451,8 +452,9 @@ def base_model(model):
 @contextlib.contextmanager
 def merged(model):
     """Inside, the LoRA is folded into the weights (about half the kernels of a wrapped one), where they hold it: fp32, or bf16 once the
-    rounding is below 5 % of the change (a young LoRA is smaller than a bf16 weight's last digit). Restored by copy: subtracting drifts."""
-    layers = [m for m in model.denoiser.modules() if isinstance(m, LoraLayer)]
+    rounding is below 5 % of the change (a young LoRA is smaller than a bf16 weight's last digit). Restored by copy: subtracting drifts. Inside
+    base_model it does nothing."""
+    layers = [m for m in model.denoiser.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]
     kept = [m.get_base_layer().weight.data for m in layers]
     try:
         with torch.no_grad():
@@ -838,8 +840,9 @@ def generate_batches(model, prompts, seed, sampler, num_images=1, batch=16, purp
     for j in range(0, len(jobs), batch):
         part = jobs[j:j + batch]
         generators = [generator(seed, purpose, i, k) for i, k in part]
-        latents = sample(model, scheduler, initial_latents(model, generators), condition(model, [prompts[i] for i, _ in part]), 0,
-                         len(scheduler.timesteps), generators, sampler["guidance_scale"], condition(model, [None] * len(part)), sampler["eta"])
+        with merged(model):
+            latents = sample(model, scheduler, initial_latents(model, generators), condition(model, [prompts[i] for i, _ in part]), 0,
+                             len(scheduler.timesteps), generators, sampler["guidance_scale"], condition(model, [None] * len(part)), sampler["eta"])
         yield decode(model, latents).cpu()
 
 

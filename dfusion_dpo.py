@@ -287,7 +287,7 @@ def merge_masks(maps, thresholds, merge):
 
 def guided(model, latents, t, prompts, guidance_scale):
     """The policy's output (B, C, h, w): the model under guidance. t (B,), on the CPU."""
-    return denoise(model, latents, t.to(model.device), condition(model, prompts), guidance_scale, condition(model, [None] * len(prompts)))
+    return denoise(model, latents, t, condition(model, prompts), guidance_scale, condition(model, [None] * len(prompts)))
 
 
 @torch.no_grad()
@@ -574,15 +574,15 @@ def main(args):
             loss = loss * len(p) / len(couples)
             loss.backward()
             total += loss.detach()
-            log_probs.append(log_prob.view(2, -1).cpu())
-            log_ratios.append(log_ratio.view(2, -1).cpu())
+            log_probs.append(log_prob.view(2, -1))
+            log_ratios.append(log_ratio.view(2, -1))
             kls.append(kl)
-        log_prob_old = torch.cat(log_probs, 1) if log_prob_old is None else log_prob_old
+        log_prob_old = torch.cat(log_probs, 1).cpu() if log_prob_old is None else log_prob_old
 
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()     # Table 3
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log_ratio = torch.cat(log_ratios, 1)                              # (2, couples)
+        log_ratio = torch.cat(log_ratios, 1).cpu()                        # (2, couples)
         margin = log_ratio[0] - log_ratio[1]
         at = [log_ratio[:, couples[:, 1] == i] for i in range(T)]
         stats = dict(round=number, epoch=epoch, loss=total.item(), **round_stats, accuracy=((margin > 0) + .5 * (margin == 0)).mean().item(),

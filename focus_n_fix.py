@@ -180,7 +180,7 @@ def draft(model, scheduler, latents, cond, guidance_scale, uncond, grad_steps):
     pass fills: timestep -> ||dloss/dnoise_pred||^2. An epsilon model's last step, t = 1, hardly moves the image: there one sees it."""
     squares = {}
     for t in scheduler.timesteps[-grad_steps:]:
-        noise_pred = denoise(model, latents, t.to(model.device), cond, guidance_scale, uncond)
+        noise_pred = denoise(model, latents, t, cond, guidance_scale, uncond)
         noise_pred.register_hook(lambda g, t=t.item(): squares.update({t: g.square().sum()}))
         latents = scheduler.step(noise_pred, t, latents, eta=0.).prev_sample
     return decode(model, latents), squares
@@ -273,7 +273,7 @@ def main(args):
             loss = loss * len(part) / args.batch_size
             loss.backward()
             total, rewards, parts = total + loss.detach(), rewards + [r.detach()], parts + [stats]
-            squares = {t: squares[t] + own[t].item() for t in squares}
+            squares = {t: squares[t] + own[t] for t in squares}
 
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()                        # ours
         optimizer.step()
@@ -281,7 +281,7 @@ def main(args):
         stats = dict(loss=total.item(), reward=torch.cat(rewards).mean().item(), grad_norm=grad_norm,
                      grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, seconds=time.time() - start)
         stats |= {k: torch.cat([s[k] for s in parts]).mean().item() for k in ("outside", "inside", "area")}
-        stats |= dict(empty=int((mask.amax((1, 2, 3)) == 0).sum()), grad_by_t={t: float(f"{s ** .5:.4g}") for t, s in squares.items()})
+        stats |= dict(empty=int((mask.amax((1, 2, 3)) == 0).sum()), grad_by_t={t: float(f"{s.sqrt():.4g}") for t, s in squares.items()})
         if step % args.save_every == 0 or step == args.train_steps:
             stats["test_reward"] = held_out(run, reward, test_prompts, sampler, step)
             stats |= compare(run, shown, sampler, test_base, test_mask, step)
