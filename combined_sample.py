@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (MODELS, TOY, Parser, base_model, condition, decode, denoise, die, encode_once, generator, initial_latents, load_model,
+from common import (MODELS, TOY, Parser, base_model, condition, decode, denoise, die, encode_once, generator, initial_latents, launch, load_model,
                     make_scheduler, merged, pick_device, read_lora, read_prompts, row_of, save_grid, scheduler_step, to_pil,
                     trainable)
 
@@ -208,4 +208,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(parse_args, main)

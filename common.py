@@ -1,12 +1,12 @@
 """What every script shares and nobody edits to invent a method: models, LoRA and sampling | rewards | runs. Thin on purpose.
 
-A loss, a default of a hyperparameter, or the choice of the step that carries the gradient belongs in a script, not here.
-"""
+A loss, a default of a hyperparameter, or the choice of the step that carries the gradient belongs in a script, not here."""
 import argparse
 import contextlib
 import difflib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -35,29 +35,22 @@ from transformers import (AutoModelForSemanticSegmentation, AutoTokenizer, BertT
                           BlipVisionModel, CLIPImageProcessor, CLIPModel, SegformerConfig, SegformerForSemanticSegmentation)
 
 from prompts import coco
+from prompts.coco import die
 
 ROOT = Path(__file__).resolve().parent
 diffusers.logging.disable_progress_bar()                                  # theirs show loading; ours show training
 transformers.logging.disable_progress_bar()
 
 
-def die(message):
-    """Bad input: one line on stderr, exit status 2."""
-    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)               # clears a progress bar first
-    raise SystemExit(2)
-
-
 def nearest(name, known):
     """', did you mean X?' with the nearest valid names, then the whole list."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=.4)
-    return (f"did you mean {' or '.join(close)}? " if close else "") + f"known: {', '.join(known)}"
+    return (f"did you mean {' or '.join(close)}? " if (close := difflib.get_close_matches(name, known, n=3, cutoff=.4)) else "") + f"known: {', '.join(known)}"
 
 
 def generator(seed, purpose, *index):
     """The CPU generator of one purpose, e.g. generator(seed, "sample", update, i): every random draw of a run comes from one of these.
 
-    Nothing reads the global generator, so batch sizes, micro-batches and devices do not change a draw, and resume stores no state.
-    """
+    Nothing reads the global generator, so batch sizes, micro-batches and devices do not change a draw, and resume stores no state."""
     digest = hashlib.blake2b(repr((seed, purpose, *index)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -130,8 +123,7 @@ def fetch(source, filename):
 
 
 def row_of(table, name):
-    """The row of a script's settings table for this --model; a folder or hub id gets its family's ("sd15", "sdxl", "flux-schnell", "flux-dev"), at
-    its own resolution. {} if the table has no row."""
+    """The row of a settings table for this --model, {} if there is none; a folder's or hub id's is its family's ("sd15", "sdxl"), at its own resolution."""
     if name in MODELS:
         return table.get(name, {})
     if not os.path.isdir(name) and name.count("/") != 1:
@@ -144,10 +136,9 @@ def row_of(table, name):
 
 def pipeline_class(name):
     """The pipeline class that a folder's or hub id's model_index.json names."""
-    source = MODELS.get(name, name)
     try:
-        cls = json.loads(fetch(source, "model_index.json").read_text())["_class_name"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        cls = str(json.loads(fetch(MODELS.get(name, name), "model_index.json").read_text())["_class_name"])
+    except (ValueError, KeyError, TypeError):
         die(f"--model {name}: its model_index.json is not a diffusers pipeline's")
     return PIPELINES.get(cls) or die(f"--model {name} is a {cls}; supported: {', '.join(PIPELINES)}")
 
@@ -169,30 +160,31 @@ def load_model(name, device, resolution=None, full=False):
     """Loads a diffusers folder or hub id of the SD, SDXL or FLUX family, frozen, in eval mode.
 
     name: a key of MODELS, a folder, or "owner/name@revision"; resolution: pixels, a multiple of 8 (default: the model's own).
-    full=True keeps fp32 weights whatever the device, for training the whole denoiser.
-    """
+    full=True keeps fp32 weights whatever the device, for training the whole denoiser."""
     source = MODELS.get(name, name)
     cls = pipeline_class(name)
     if full and cls is FluxPipeline:
         die(f"--model {name}: --lora_rank 0 trains a U-Net; FLUX's 12 billion weights take a LoRA")
     dtype, part = torch.bfloat16 if device.type == "cuda" else torch.float32, "transformer" if cls is FluxPipeline else "unet"
-    repo, _, revision = source.partition("@")
-    files = [str(p) for p in fetch(source, "model_index.json").parent.rglob("*")]
+    repo, _, revision = (source, "", "") if os.path.isdir(source) else source.partition("@")
+    index = fetch(source, "model_index.json")
+    files = [str(p) for p in index.parent.rglob("*")]
     if not os.path.isdir(source):
+        source = f"{repo}@{index.parent.name}"                            # the commit, for config.json
         with contextlib.suppress(HfHubHTTPError, OSError):                # offline: take what the cache holds
             files = list_repo_files(repo, revision=revision or None)
     half = any(f.endswith(".fp16.safetensors") for f in files) and not full     # half the download; bf16 rounds it anyway
     extra = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if cls is StableDiffusionPipeline else {}
     options = dict(revision=revision or None, variant="fp16" if half else None, use_safetensors=True)
     try:
-        for key, value in json.loads(fetch(source, "model_index.json").read_text()).items():
+        for key, value in json.loads(index.read_text()).items():
             if key.startswith("text_encoder") and value[0] == "transformers":      # by itself: a missing tensor would be random, and diffusers silent
                 extra[key], info = getattr(transformers, value[1]).from_pretrained(repo, subfolder=key, dtype=dtype, output_loading_info=True, **options)
                 if info["missing_keys"]:
                     die(f"--model {name}: the weights of its {key} lack {min(info['missing_keys'])}")
         pipe = cls.from_pretrained(repo, dtype={"default": dtype, part: torch.float32 if full else dtype}, **extra, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        die(f"--model {name}: {e}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
+        die(f"--model {name}: {textwrap.shorten(f'{type(e).__name__}: {e}', 600)}")
     pipe.set_progress_bar_config(disable=True)
     for module in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
         if absent := [k for k, p in module.named_parameters() if p.is_meta]:
@@ -210,8 +202,7 @@ def encode_prompts(model, prompts, batch=64):
     """Encodes every new prompt, and the unconditional one (None), through diffusers' own encode_prompt. Kept on the CPU.
 
     SDXL's unconditional embedding is zeros, as its pipeline has it (force_zeros_for_empty_prompt); the others encode "". FLUX: T5 states of 256
-    tokens (schnell) or 512 (dev), and CLIP's pooled ones.
-    """
+    tokens (schnell) or 512 (dev), and CLIP's pooled ones."""
     new = [p for p in dict.fromkeys(prompts) if p not in model.embeds]
     sdxl = isinstance(model.pipe, StableDiffusionXLPipeline)
     for i in range(0, len(new), batch):
@@ -235,8 +226,7 @@ def encode_once(model, prompts):
         return
     encode_prompts(model, prompts)
     model.pipe.register_modules(**{k: None for k in ("text_encoder", "text_encoder_2") if hasattr(model.pipe, k)})
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def condition(model, prompts):
@@ -250,8 +240,7 @@ def condition(model, prompts):
         return {"encoder_hidden_states": stacked[0], "pooled_projections": stacked[1]}
     cond = {"encoder_hidden_states": stacked[0]}
     if len(stacked) > 1:                                                  # original size, crop's corner, target size: (B, 6)
-        size = (model.resolution, model.resolution)
-        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=stacked[0].dtype, device=model.device).expand(len(prompts), -1)
+        time_ids = model.resolution * torch.tensor([[1, 1, 0, 0, 1, 1]], dtype=stacked[0].dtype, device=model.device).expand(len(prompts), -1)
         cond["added_cond_kwargs"] = {"text_embeds": stacked[1], "time_ids": time_ids}
     return cond
 
@@ -261,8 +250,7 @@ def denoise(model, latents, t, cond, guidance_scale=1., uncond=None):
 
     guidance_scale > 1 needs `uncond` and runs both halves in one batch: eps_u + w (eps_c - eps_u); flux-dev takes it as an input. Under autocast
     in a bf16 model, so that fp32 trainables meet bf16 activations; each call opens its own, because a cast cached without gradient would be
-    reused with it.
-    """
+    reused with it."""
     t = t.to(latents.device, non_blocking=True)                           # the host goes on queueing kernels; a plain copy waits for the GPU
     call = _flux if model.flow else lambda model, latents, t, cond, _: model.denoiser(latents, t, **cond).sample
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
@@ -334,8 +322,7 @@ def sample(model, scheduler, latents, cond, first, last, generators, guidance_sc
     """Runs the scheduler's steps first..last-1 on latents (B, C, h, w) and returns them; a no-op when first == last.
 
     Gradient-truncated sampling is two calls: the prefix with grad=False, the end with grad=True. Step noise comes from `generators`, one per
-    image, continued from one call to the next.
-    """
+    image, continued from one call to the next."""
     with torch.set_grad_enabled(grad):
         for t in scheduler.timesteps[first:last]:
             noise_pred = denoise(model, latents, t, cond, guidance_scale, uncond)
@@ -425,9 +412,8 @@ def load_lora(model, path):
     """Loads a LoRA file into the adapter that `trainable` made; every key and shape must fit."""
     state, _ = read_lora(path)
     own = get_peft_model_state_dict(model.denoiser)
-    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
-    if wrong:
-        k = sorted(wrong)[0]
+    if wrong := [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]:
+        k = min(wrong)
         shapes = [tuple(d[k].shape) if k in d else "absent" for d in (state, own)]
         die(f"{path}: this LoRA belongs to another model or rank: {k} is {shapes[0]} in the file, {shapes[1]} in {model.source}")
     set_peft_model_state_dict(model.denoiser, {k: v.float() for k, v in state.items()})
@@ -514,8 +500,7 @@ def read_weights(path):
 class PickScore:
     """exp(logit_scale) cos(image, text) of a transformers CLIPModel (Kirstain et al. 2023); `cosine` leaves the scale out.
 
-    reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,), differentiable in the images; text features are computed once per prompt.
-    """
+    reward(images (B, 3, H, W) in [0, 1], prompts) -> (B,), differentiable in the images; text features are computed once per prompt."""
 
     def __init__(self, model, processor, device, cosine=False):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -523,7 +508,7 @@ class PickScore:
         if wrong := {k for k in info["missing_keys"] | info["unexpected_keys"] if not k.endswith("position_ids")}:
             raise ValueError(f"{model} does not fit CLIPModel: {min(wrong)} is missing or unexpected")        # transformers would go on
         self.clip = clip.to(device).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(processor)
+        self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         image = CLIPImageProcessor.from_pretrained(processor)
         self.size, self.mean, self.std = image.size.get("shortest_edge", image.size.get("height")), image.image_mean, image.image_std
         self.scale = 1. if cosine else self.clip.logit_scale.exp().item()
@@ -548,8 +533,7 @@ class ClipScore:
     """cos(image, text) of an open_clip model: CLIPScore (Hessel et al. 2021); with its own weights and pad HPSv2 (Wu et al. 2023).
 
     name, tag: architecture and weights as open_clip calls them; path: a file of weights instead of the tag's. An open_clip_config.json beside
-    it gives the architecture (open_clip's own hub layout). Called as PickScore is.
-    """
+    it gives the architecture (open_clip's own hub layout). Called as PickScore is."""
 
     def __init__(self, name, device, tag=None, path=None, pad=False):
         import open_clip                                                  # a second, that only its users spend
@@ -612,8 +596,7 @@ def blip_scorer(state):
 
 class ImageReward:
     """ImageReward-v1.0 (Xu et al. 2023): BLIP's image encoder, its text encoder looking at the image, a linear MLP on [CLS]. Normalised to mean 0
-    and variance 1 as its authors have it; raw: the MLP's own output. path: ImageReward.pt; a tokenizer beside it is used instead of the hub's.
-    """
+    and variance 1 as its authors have it; raw: the MLP's own output. path: ImageReward.pt; a tokenizer beside it is used instead of the hub's."""
 
     def __init__(self, path, device, raw=False):
         self.net = blip_scorer(read_weights(path)).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -640,8 +623,7 @@ class ImageReward:
 
 @dataclass
 class Reward:
-    """One row of REWARDS: how to build it, the range known from the literature or measured, and the constant affine map r' = (r - shift) /
-    scale to about [0, 1] that the losses use."""
+    """One row of REWARDS: how to build it, its known range, and the constant affine map r' = (r - shift) / scale to about [0, 1] of the losses."""
     build: object
     low: float
     high: float
@@ -655,7 +637,8 @@ REWARDS = {
     "toy_pref": Reward(lambda path, device: PickScore(path or TOY / "pref", path or TOY / "pref", device), 3., 16.5, 3., 13.),
     "toy_clip": Reward(lambda path, device: PickScore(path or TOY / "clip", path or TOY / "clip", device, cosine=True), 0., .93),
     "hps": Reward(lambda path, device: ClipScore("ViT-H-14", device, path=published(path, "HPS_v2.1_compressed.pt", "xswu/HPSv2"), pad=True), .25, .38),
-    "pick": Reward(lambda path, device: PickScore(path or "yuvalkirstain/PickScore_v1", pick_processor(path), device), 20., 24., 20., 10.),
+    "pick": Reward(lambda path, device: PickScore(path or "yuvalkirstain/PickScore_v1", path if os.path.isfile(f"{path}/tokenizer_config.json") else
+                                                  "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", device), 20., 24., 20., 10.),    # CLIP-H's processor
     "imagereward": Reward(lambda path, device: ImageReward(published(path, "ImageReward.pt", "THUDM/ImageReward"), device), -2., 2.),
     "clip": Reward(lambda path, device: ClipScore("ViT-B-32-quickgelu", device, "openai", path and published(path, OPEN_CLIP)), .25, .35),
     "clip_h": Reward(lambda path, device: ClipScore("ViT-H-14", device, "laion2b_s32b_b79k", path and published(path, OPEN_CLIP)), .25, .4),
@@ -665,11 +648,6 @@ REWARDS = {
 def published(path, filename, repo=None):
     """The file that --reward name:PATH means: PATH itself, or in the folder PATH, or without one on the hub, the file of its published name."""
     return path if path and os.path.isfile(path) else fetch(path or repo, filename)
-
-
-def pick_processor(path):
-    """PickScore's processor is CLIP-H's, unless the folder brings one along."""
-    return path if path and (Path(path) / "tokenizer_config.json").is_file() else "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 def split_reward(spec):
@@ -720,9 +698,10 @@ def load_detector(source, device):
             net, info = SegformerForSemanticSegmentation.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
             processor = {}
         else:
-            processor, (repo, _, revision) = json.loads(fetch(source, "preprocessor_config.json").read_text()), source.partition("@")
-            net, info = AutoModelForSemanticSegmentation.from_pretrained(repo, revision=revision or "main", dtype=torch.float32,
-                                                                         use_safetensors=True, output_loading_info=True)
+            processor = json.loads(fetch(source, "preprocessor_config.json").read_text())
+            repo, _, revision = (source, "", "") if os.path.isdir(source) else source.partition("@")
+            net, info = AutoModelForSemanticSegmentation.from_pretrained(repo, revision=revision or "main", dtype=torch.float32, use_safetensors=True,
+                                                                         trust_remote_code=False, output_loading_info=True)
         if wrong := {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}:
             raise ValueError(f"{min(wrong)} is missing, unexpected or of another shape")      # transformers would go on, with random ones
         if net.config.num_labels != 1:
@@ -778,10 +757,7 @@ class Parser(argparse.ArgumentParser):
             if toy and getattr(args, name, "") is None:
                 setattr(args, name, str(default))
         args.out = args.out or str(Path("runs") / re.sub(r"[^\w.-]+", "_", f"{script}-{args.model}-{args.reward}"))
-        if args.resume and not (Path(args.out) / "checkpoint" / "state.pt").is_file():
-            die(f"--resume: {args.out} has no checkpoint; start without --resume, or name the run folder with --out")
-        if not args.resume and (Path(args.out) / "config.json").exists():
-            die(f"{args.out} holds a run already: continue it with --resume, or choose another --out")
+        check_out(args)
         for name in ("train_steps", "batch_size", "micro_batch", "num_inference_steps", "save_every"):
             if getattr(args, name) < 1:
                 self.error(f"--{name} {getattr(args, name)}: at least 1")
@@ -789,18 +765,41 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--num_inference_steps {args.num_inference_steps}: at most 500 of the 1000 timesteps of training")
         if args.lora_rank < 0 or not 0 < args.lr < 1:
             self.error(f"--lora_rank {args.lora_rank} --lr {args.lr:g}: the rank is 0 or more, the learning rate between 0 and 1")
-        if args.init_lora:
-            _, rank = read_lora(args.init_lora)
-            if rank != args.lora_rank:
-                self.error(f"--init_lora {args.init_lora} has rank {rank}: --lora_rank {rank} is needed")
+        if args.init_lora and (rank := read_lora(args.init_lora)[1]) != args.lora_rank:
+            self.error(f"--init_lora {args.init_lora} has rank {rank}: --lora_rank {rank} is needed")
         return args
+
+
+def check_out(args):
+    """A run folder is begun once, and then continued."""
+    if args.resume != (Path(args.out) / "config.json").is_file():
+        die(f"--resume: {args.out} has no checkpoint; start without --resume, or name the run folder with --out" if args.resume else
+            f"{args.out} holds a run already: continue it with --resume, or choose another --out")
+
+
+def launch(parse_args, main):
+    """A script's command line. What its user can mend ends in one line: Ctrl-C (status 130); a disk that is full or not ours, a GPU too small (2)."""
+    args = argparse.Namespace()
+    try:
+        args = parse_args()
+        main(args)
+    except (KeyboardInterrupt, OSError, SafetensorError, torch.cuda.OutOfMemoryError) as e:
+        kept = hasattr(args, "resume") and (Path(args.out) / "checkpoint" / "state.pt").is_file()
+        kept = "; its last checkpoint is whole: the same command with --resume goes on from there" if kept else ""
+        if isinstance(e, KeyboardInterrupt):
+            tqdm.write(f"interrupted{kept}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if isinstance(e, torch.cuda.OutOfMemoryError):
+            high = dict(micro_batch=1, checkpointing=True, batch_size=1, images_per_prompt=4, resolution=0)       # the cheapest remedy first
+            high = [f"--{k} (now {v})" for k, best in high.items() if (v := getattr(args, k, best)) != best]
+            die(f"{re.split('(?<= is free)[.]', str(e))[0]}. What to turn down or on, in this order: {', '.join(high)}{kept}")
+        die(f"{getattr(e, 'filename', None) or getattr(args, 'out', '')}: {getattr(e, 'strerror', None) or e}{kept}")
 
 
 def print_settings(args, paper, params):
     """Every value of this run; a departure from the paper's row shows the paper's value."""
     for name, value in vars(args).items():
-        note = f"   (paper: {paper[name]})" if paper.get(name) not in (None, value) else ""
-        print(f"  {name:<20} {value}{note}")
+        print(f"  {name:<20} {value}" + (f"   (paper: {paper[name]})" if paper.get(name) not in (None, value) else ""))
     print(f"  training {sum(p.numel() for p in params):,} parameters" + ("" if paper else "; the paper has no row for this model: all values are ours"))
 
 
@@ -809,10 +808,9 @@ def read_prompts(path, split="train"):
     try:
         if path is None:
             return coco.captions(split)
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         die(f"prompts file {path}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}" if path else f"COCO captions: {e}")
-    prompts = [p for p in prompts if p]
     return prompts or die(f"prompts file {path}: no prompt in it; one per line is expected")
 
 
@@ -833,8 +831,7 @@ def save_grid(images, path, columns):
 def generate_batches(model, prompts, seed, sampler, num_images=1, batch=16, purpose="image"):
     """Yields images (up to `batch`, 3, H, W) in [0, 1] on the CPU, prompt by prompt; image k of prompt i has generator (seed, i, k).
 
-    sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), the block that config.json keeps.
-    """
+    sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), the block that config.json keeps."""
     scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
     jobs = [(i, k) for i in range(len(prompts)) for k in range(num_images)]
     for j in range(0, len(jobs), batch):
@@ -861,25 +858,30 @@ def held_out(run, reward, prompts, sampler, step, num_images=2):
     return torch.cat(r).mean().item()
 
 
+CAUSES = {"denoiser": "the weights ran away (turn down --lr) or were broken before", "VAE": "its weights are broken, or the latents far out",
+          "reward or detector": "its weights are broken, or it cannot read an image or prompt", "backward pass": "a gradient overflows: turn down --lr"}
+
+
 class Run:
     """A run folder: config.json, log.jsonl, samples/, lora/ (or model/), snapshots lora/step_000200/, and checkpoint/ for exact resume."""
 
     def __init__(self, args, sampler, model):
-        self.dir, self.args, self.model, self.start = Path(args.out), args, model, 0
+        self.dir, self.args, self.model, self.start, self.calls, self.skipped = Path(args.out), args, model, 0, [], []
         self.weights = self.dir / ("lora" if args.lora_rank else "model")
-        config = dict(vars(args), model_source=model.source, sampler=sampler)
+        config, path = dict(vars(args), model_source=model.source, sampler=sampler), self.dir / "config.json"
         config = {k: v for k, v in config.items() if k not in ("resume", "train_steps", "out", "device")}      # what may differ on resume
-        path = self.dir / "config.json"
         if args.resume:
             old = json.loads(path.read_text())
-            changed = [f"{k} was {old.get(k)!r}, now {config[k]!r}" for k in config if json.loads(json.dumps(config[k])) != old.get(k)]
-            if changed:
+            if changed := [f"{k} was {old.get(k)!r}, now {config[k]!r}" for k in config if json.loads(json.dumps(config[k])) != old.get(k)]:
                 die(f"--resume: these settings differ from the run's: {'; '.join(changed)}")
-        try:
-            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(dict(config, train_steps=args.train_steps), indent=1) + "\n")
-        except OSError as e:
-            die(f"--out {self.dir}: cannot write there ({e.strerror})")
+            args.resume = (self.dir / "checkpoint" / "state.pt").is_file()            # stopped before its first one: from the start
+        (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+        coco.write(path, (json.dumps(dict(config, train_steps=args.train_steps), indent=1) + "\n").encode())
+        if not args.resume:
+            coco.write(self.dir / "log.jsonl", b"")
+        for name, module in (("denoiser", model.denoiser), *(("VAE", getattr(model.vae, part, None)) for part in ("encoder", "decoder"))):
+            if isinstance(module, torch.nn.Module):                       # no sync: the flags stay where they are made until one is needed
+                module.register_forward_hook(lambda m, i, out, name=name: self.calls.append((name, getattr(out, "sample", out).isfinite().all())))
 
     def resume(self, params, optimizer):
         """Puts the checkpoint's weights and optimizer back, and cuts log lines written after it. Sets .start to its update; returns all it holds."""
@@ -887,34 +889,43 @@ class Run:
         for p, saved in zip(params, state["params"], strict=True):
             p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        self.start = state["step"]
-        log = self.dir / "log.jsonl"
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.start]
-        log.write_text("".join(line + "\n" for line in lines))
+        self.start, log = state["step"], self.dir / "log.jsonl"
+        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= self.start]
+        coco.write(log, "".join(lines).encode())
+        self.skipped = [row["step"] for row in map(json.loads, lines) if "skipped" in row]
         return state
 
+    def skips(self, step, grad_norm, loss):
+        """Whether an update must be left out, because NaN or Inf would reach the weights -> the phase that first put one out, or None. Five in a
+        row end the run."""
+        if math.isfinite(grad_norm + loss):
+            return None
+        phase = next((name for name, finite in self.calls if not finite), "backward pass" if math.isfinite(loss) else "reward or detector")
+        self.skipped.append(step)
+        message = f"update {step}: NaN or Inf, first from the {phase}; {CAUSES[phase]}"
+        if self.skipped[-5:] == list(range(step - 4, step + 1)):
+            die(f"{message}. It is the fifth update in a row; none of them touched the weights")
+        tqdm.write(f"{message}. Left out, as were {len(self.skipped) - 1} before", file=sys.stderr)
+        return phase
+
     def log(self, **row):
+        self.calls.clear()
         with open(self.dir / "log.jsonl", "a") as f:
-            f.write(json.dumps({k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+            f.write(json.dumps({k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items() if v is not None}) + "\n")
 
-    def save(self, step, params, optimizer, snapshot=True, **more):
-        """Weights for the user, a snapshot of them, and the checkpoint (with `more`): each written beside its place and then renamed into it."""
-        def write(folder, fill):
-            tmp = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
-            fill(tmp)
-            folder.mkdir(parents=True, exist_ok=True)
-            for new in tmp.rglob("*"):
-                if new.is_file():
-                    target = folder / new.relative_to(tmp)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    new.replace(target)                                   # atomic; the checkpoint is one file
-            shutil.rmtree(tmp)
-
-        rank = self.args.lora_rank
-        write(self.weights, lambda tmp: save_weights(self.model, tmp, rank))
-        if snapshot:
-            write(self.weights / f"step_{step:06d}", lambda tmp: save_weights(self.model, tmp, rank))
-        write(self.dir / "checkpoint", lambda tmp: torch.save(
-            dict(step=step, params=[p.detach().cpu() for p in params], optimizer=optimizer.state_dict(), **more), tmp / "state.pt"))
+    def save(self, step, params, optimizer, **more):
+        """Weights for the user, a snapshot of them, and the checkpoint (with `more`): all written beside their places, then renamed into them."""
+        new, name = self.dir / "new.tmp", self.weights.name
+        shutil.rmtree(new, ignore_errors=True)
+        for folder in (new / name, new / name / f"step_{step:06d}"):
+            save_weights(self.model, folder, self.args.lora_rank)
+        (new / "checkpoint").mkdir()
+        try:
+            with open(new / "checkpoint" / "state.pt", "wb") as f:
+                torch.save(dict(step=step, params=[p.detach().cpu() for p in params], optimizer=optimizer.state_dict(), **more), f)
+        except RuntimeError as e:                                         # torch's own, about a file that did not take all
+            raise e.__context__ or e
+        for file in sorted(filter(Path.is_file, new.rglob("*")), reverse=True):              # the checkpoint is one file, and the last
+            (self.dir / file.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
+            file.replace(self.dir / file.relative_to(new))
+        shutil.rmtree(new)

@@ -43,7 +43,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from tqdm import tqdm
 
 from common import (MODELS, REWARDS, Parser, Run, base_model, condition, decode, denoise, die, encode_once, generator, held_out, initial_latents,
-                    load_model, load_reward, make_scheduler, nearest, pick_device, predict_x0, print_settings, read_prompts, row_of, save_grid,
+                    launch, load_model, load_reward, make_scheduler, nearest, pick_device, predict_x0, print_settings, read_prompts, row_of, save_grid,
                     trainable)
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -580,14 +580,16 @@ def main(args):
         log_prob_old = torch.cat(log_probs, 1).cpu() if log_prob_old is None else log_prob_old
 
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()     # Table 3
-        optimizer.step()
+        if not (skipped := run.skips(step, grad_norm, total + round_stats["reward"])):       # NaN or Inf never reaches the weights
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log_ratio = torch.cat(log_ratios, 1).cpu()                        # (2, couples)
         margin = log_ratio[0] - log_ratio[1]
         at = [log_ratio[:, couples[:, 1] == i] for i in range(T)]
         stats = dict(round=number, epoch=epoch, loss=total.item(), **round_stats, accuracy=((margin > 0) + .5 * (margin == 0)).mean().item(),
                      margin=margin.mean().item(), log_ratio=[float(f"{x.square().mean().sqrt():.4g}") if x.numel() else None for x in at],
-                     grad_norm=grad_norm, images=(number + 1) * args.batch_size, passes=sum(passes), seconds=time.time() - start)
+                     grad_norm=grad_norm, images=(number + 1) * args.batch_size, passes=sum(passes), skipped=skipped,
+                     seconds=time.time() - start)
         if args.algo == "dpok":
             stats["kl"] = torch.cat(kls).mean().item()
         if step % args.save_every == 0 or step == args.train_steps:
@@ -610,4 +612,4 @@ def assign(params, values):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(parse_args, main)

@@ -42,9 +42,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
-from common import (MODELS, REWARDS, TOY, Detector, Parser, Run, condition, decode, denoise, die, diffusion_target, encode, encode_once, generate,
-                    generator, initial_latents, load_detector, load_model, load_reward, make_scheduler, merged, pick_device, print_settings,
-                    read_prompts, row_of, sample, save_grid, to_pil, trainable)
+from common import (MODELS, REWARDS, TOY, Detector, Parser, Run, check_out, condition, decode, denoise, die, diffusion_target, encode, encode_once,
+                    generate, generator, initial_latents, launch, load_detector, load_model, load_reward, make_scheduler, merged, pick_device,
+                    print_settings, read_prompts, row_of, sample, save_grid, to_pil, trainable)
 from prompts.coco import image_batches, image_data, to_tensor
 
 PAPER = {  # section 4.1; gamma: Eq. 4; dev's 10 steps: section 4.3. Its SD1.5 was treated without the regulariser
@@ -118,10 +118,8 @@ def parse_args(argv=None):
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} {value:g}: at least 1" if high > 1 else f"--{name} {value:g}: 0 to 1")
     out = Path(args.out)
-    if command == "detector" and args.resume and not (out / "checkpoint" / "state.pt").is_file():
-        parser.error(f"--resume: {out} has no checkpoint; start without --resume, or name the run folder with --out")
-    if command == "detector" and not args.resume and (out / "config.json").exists():
-        parser.error(f"{out} holds a run already: continue it with --resume, or choose another --out")
+    if command == "detector":
+        check_out(args)
     if command not in ("detector", "import_labels") and out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         parser.error(f"--out {out} exists and is not an empty folder: choose another one, or delete it")
     return args
@@ -573,7 +571,7 @@ def train_detector(args):
     optimizer = torch.optim.AdamW([dict(params=backbone, lr=args.lr), dict(params=head, lr=args.head_lr)], weight_decay=1e-2, fused=True)
     state = [*named.values(), *detector.buffers()]                        # batch norm's statistics too
     saved = SimpleNamespace(save_pretrained=lambda folder: save_detector(detector, folder))
-    run = Run(args, {}, SimpleNamespace(source=args.init, part="detector", denoiser=saved))
+    run = Run(args, {}, SimpleNamespace(source=args.init, part="detector", denoiser=saved, vae=None))
     print_settings(args, {}, list(named.values()))
     count = {(s, p): sum(row["source"] == s and row["split"] == p for row in rows) for s in ("human", "real", "pseudo") for p in ("train", "test")}
     print("  " + ", ".join(f"{n} {s} ({p})" for (s, p), n in count.items() if n))
@@ -589,14 +587,20 @@ def train_detector(args):
         detector.train()
         for group, lr in zip(optimizer.param_groups, (args.lr, args.head_lr)):
             group["lr"] = lr * .5 * (1 + math.cos(math.pi * (step - 1) / args.train_steps))
+        statistics = [b.clone() for b in detector.buffers()]              # batch norm's: the forward pass changes them
         with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             torch.manual_seed(generator(args.seed, "dropout", step).initial_seed())
             confidence = detector(images)
         loss = F.mse_loss(confidence, labels[:, 0])                       # Eq. 1
         loss.backward()
-        optimizer.step()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in named.values()]).item()
+        if not (skipped := run.skips(step, grad_norm, loss.detach())):    # NaN or Inf never reaches the weights
+            optimizer.step()
+        else:
+            for b, kept in zip(detector.buffers(), statistics):
+                b.copy_(kept)
         optimizer.zero_grad(set_to_none=True)
-        stats = dict(loss=loss.item(), lr=optimizer.param_groups[0]["lr"], seconds=time.time() - start)
+        stats = dict(loss=loss.item(), grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], skipped=skipped, seconds=time.time() - start)
         if step % args.save_every == 0 or step == args.train_steps:
             metrics, shown = detector_metrics(detector, data, device)
             stats |= metrics
@@ -696,11 +700,12 @@ def treat(args):
                 total, offline = total + loss.detach(), offline + [mse.detach() * len(confidence)]
 
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()           # the paper does not say that it clips
-        optimizer.step()
+        if not (skipped := run.skips(step, grad_norm, total)):            # NaN or Inf never reaches the weights
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         maps = torch.cat(maps)
         stats = dict(loss=total.item(), mean=maps.mean().item(), max=maps.flatten(1).amax(1).mean().item(), grad_norm=grad_norm,
-                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, seconds=time.time() - start)
+                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, skipped=skipped, seconds=time.time() - start)
         if offline:
             stats["offline"] = (sum(offline) / args.batch_size).item()
         if step % args.save_every == 0 or step == args.train_steps:
@@ -723,11 +728,8 @@ def treat(args):
 
 def main(args):
     commands = dict(detector=train_detector, score=score, export_hard=export_hard, import_labels=import_labels, pseudo=pseudo, treat=treat)
-    try:
-        commands[args.command](args)
-    except OSError as e:
-        die(e)
+    commands[args.command](args)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(parse_args, main)

@@ -41,8 +41,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import (CLIP_MEAN, CLIP_STD, ROOT, TOY, Parser, PickScore, die, encode_prompts, fetch, generate_batches, generator, load_detector, load_lora,
-                    load_model, load_reward, merged, nearest, pick_device, published, read_prompts, resize_and_normalise, to_pil, trainable)
+from common import (CLIP_MEAN, CLIP_STD, ROOT, TOY, Parser, PickScore, die, encode_prompts, fetch, generate_batches, generator, launch, load_detector,
+                    load_lora, load_model, load_reward, merged, nearest, pick_device, published, read_prompts, resize_and_normalise, to_pil,
+                    trainable)
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
@@ -658,4 +659,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(parse_args, main)

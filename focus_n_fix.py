@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (MODELS, REWARDS, TOY, Parser, PickScore, Reward, Run, base_model, condition, decode, denoise, die, encode_once, generate,
-                    generator, held_out, initial_latents, load_detector, load_model, load_reward, make_scheduler, merged, pick_device,
+                    generator, held_out, initial_latents, launch, load_detector, load_model, load_reward, make_scheduler, merged, pick_device,
                     print_settings, read_prompts, row_of, sample, save_grid, trainable)
 
 PAPER = {  # second-hand; SD v1.4 is its main model, SDXL its other one
@@ -276,10 +276,11 @@ def main(args):
             squares = {t: squares[t] + own[t] for t in squares}
 
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()                        # ours
-        optimizer.step()
+        if not (skipped := run.skips(step, grad_norm, total)):            # NaN or Inf never reaches the weights
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         stats = dict(loss=total.item(), reward=torch.cat(rewards).mean().item(), grad_norm=grad_norm,
-                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, seconds=time.time() - start)
+                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, skipped=skipped, seconds=time.time() - start)
         stats |= {k: torch.cat([s[k] for s in parts]).mean().item() for k in ("outside", "inside", "area")}
         stats |= dict(empty=int((mask.amax((1, 2, 3)) == 0).sum()), grad_by_t={t: float(f"{s.sqrt():.4g}") for t, s in squares.items()})
         if step % args.save_every == 0 or step == args.train_steps:
@@ -295,4 +296,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(parse_args, main)

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (REWARDS, Parser, Run, condition, decode, denoise, diffusion_target, encode, encode_once, generator, held_out,
-                    initial_latents, load_model, load_reward, make_scheduler, merged, pick_device, predict_x0, print_settings, read_prompts, row_of,
-                    sample, trainable)
+                    initial_latents, launch, load_model, load_reward, make_scheduler, merged, pick_device, predict_x0, print_settings, read_prompts,
+                    row_of, sample, trainable)
 from prompts.coco import image_batches, image_data
 
 PAPER = {  # section 5: ReFL steps one in four, loss weights, batch, rate; code: start, mid; a release's "epoch" is 100 updates, ImageReFL runs 40
@@ -170,10 +170,11 @@ def main(args):
                 total, mses = total + loss.detach(), mses + [mse.detach() * len(part)]
 
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()           # ImageReFL does not clip
-        optimizer.step()
+        if not (skipped := run.skips(step, grad_norm, total)):            # NaN or Inf never reaches the weights
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         stats = dict(loss=total.item(), reward=torch.cat(rewards).mean().item(), grad_norm=grad_norm,
-                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, mid=mid, seconds=time.time() - start)
+                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, mid=mid, skipped=skipped, seconds=time.time() - start)
         if mses:
             stats["mse"] = torch.stack(mses).sum().item() / args.batch_size
         if step % args.save_every == 0 or step == args.train_steps:
@@ -188,4 +189,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(parse_args, main)

@@ -31,8 +31,8 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import (REWARDS, Parser, Run, condition, decode, denoise, encode_once, generator, held_out, initial_latents, load_model,
-                    load_reward, make_scheduler, merged, pick_device, predict_x0, print_settings, read_prompts, row_of, sample, trainable)
+from common import (REWARDS, Parser, Run, condition, decode, denoise, encode_once, generator, held_out, initial_latents, launch,
+                    load_model, load_reward, make_scheduler, merged, pick_device, predict_x0, print_settings, read_prompts, row_of, sample, trainable)
 
 PAPER = {  # ImageReFL, section 5 and its code; a release's "epoch" is 100 updates, ReFL runs 20
     "sd15": dict(train_steps=2000, batch_size=32, lr=3e-4, num_inference_steps=40, first_mid=30, last_mid=39, reward_scale=1e-3, lora_rank=0, resolution=512),
@@ -136,10 +136,11 @@ def main(args):
             total, rewards = total + loss.detach(), rewards + [r.detach()]
 
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()           # ImageReFL does not clip
-        optimizer.step()
+        if not (skipped := run.skips(step, grad_norm, total)):            # NaN or Inf never reaches the weights
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         stats = dict(loss=total.item(), reward=torch.cat(rewards).mean().item(), grad_norm=grad_norm,
-                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, mid=mid, seconds=time.time() - start)
+                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, mid=mid, skipped=skipped, seconds=time.time() - start)
         if step % args.save_every == 0 or step == args.train_steps:
             stats["test_reward"] = held_out(run, reward, test_prompts, sampler, step)
         run.log(step=step, **stats)
@@ -152,4 +153,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    launch(parse_args, main)
