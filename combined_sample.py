@@ -48,6 +48,7 @@ BASE = {  # guidance: the default of diffusers' pipeline; the scheduler and its 
     "toy": dict(scheduler="ddpm", num_inference_steps=20, guidance_scale=4.),                                          # ours
     **dict.fromkeys(("sd14", "sd15", "sd21"), dict(scheduler="ddpm", num_inference_steps=40, guidance_scale=7.5)),
     "sdxl": dict(scheduler="ddpm", num_inference_steps=40, guidance_scale=5.),
+    "toy-flux": dict(scheduler="euler", num_inference_steps=5, guidance_scale=1.),                                     # ours
     "flux-schnell": dict(scheduler="euler", num_inference_steps=4, guidance_scale=1.),
     "flux-dev": dict(scheduler="euler", num_inference_steps=28, guidance_scale=3.5),
 }
@@ -123,7 +124,7 @@ def parse_args(argv=None):
         parser.error("--base_steps N belongs to --mode combined" + ("" if args.base_steps else ", which needs it"))
     if any(not 0 <= n <= args.num_inference_steps for n in args.base_steps or []) or len(set(args.base_steps or [])) < len(args.base_steps or []):
         parser.error(f"--base_steps {' '.join(map(str, args.base_steps))}: different numbers from 0 to num_inference_steps = {args.num_inference_steps}")
-    args.prompts = args.prompts or (str(TOY / "prompts_test.txt") if model == "toy" else parser.error(f"--prompts FILE is needed with --model {model}"))
+    args.prompts = args.prompts or (str(TOY / "prompts_test.txt") if model in ("toy", "toy-flux") else parser.error(f"--prompts FILE is needed with --model {model}"))
     out = Path(args.out)
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         parser.error(f"--out {out} exists and is not an empty folder: choose another one, or delete it")

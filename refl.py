@@ -9,7 +9,8 @@ Denoise without gradient to a random late step, predict the clean image there in
   loss    = -reward_scale * r'                              r' = r mapped to about [0, 1] by a constant affine map; or
   loss    = reward_scale * relu(2 - r)                      --loss hinge: ImageReward's original, r the normalised ImageReward
 
-Images are sampled with the same ancestral steps (DDPM) as in training, without guidance.
+Images are sampled with the same ancestral steps (DDPM) as in training, without guidance; FLUX with its own Euler steps, on which t is 1000 sigma,
+x0 = x_t - sigma v, and dev's guidance input is 1.
 
 Differences from the papers' code:
 1. mid is drawn once per update, not per micro-batch: the prefix, four fifths of the work, then runs on the whole batch at once.
@@ -43,6 +44,9 @@ OURS = {   # what we change, and the rows the paper does not have
     "sd15": dict(PAPER["sd15"], lora_rank=32),
     "sd21": dict(PAPER["sd15"], lora_rank=32),
     "sdxl": dict(PAPER["sdxl"], lora_rank=32),
+    "flux-schnell": dict(train_steps=2000, batch_size=16, lr=1e-4, num_inference_steps=4, first_mid=2, last_mid=3, reward_scale=1e-3, lora_rank=16, resolution=512),
+    "flux-dev": dict(train_steps=2000, batch_size=16, lr=1e-4, num_inference_steps=28, first_mid=20, last_mid=27, reward_scale=1e-3, lora_rank=16, resolution=512),
+    "toy-flux": dict(train_steps=240, batch_size=8, lr=1e-3, num_inference_steps=5, first_mid=3, last_mid=4, reward_scale=1e-3, lora_rank=8, resolution=64),
     "toy": dict(train_steps=240, batch_size=8, lr=1e-3, num_inference_steps=20, first_mid=12, last_mid=19, reward_scale=1e-3, lora_rank=8, resolution=64),
 }
 
@@ -108,8 +112,9 @@ def main(args):
 
     params = trainable(model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora)
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-15, weight_decay=1e-2, fused=True)     # eps: refl.py, difference 2
-    scheduler = make_scheduler(model, "ddpm", args.num_inference_steps)
-    sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=args.num_inference_steps, guidance_scale=1.)
+    kind, eta = ("euler", 0.) if model.flow else ("ddpm", 1.)
+    scheduler = make_scheduler(model, kind, args.num_inference_steps)
+    sampler = dict(scheduler=kind, eta=eta, num_inference_steps=args.num_inference_steps, guidance_scale=1.)
     run = Run(args, sampler, model)
     print_settings(args, row_of(PAPER, args.model), params)
     if args.resume:
