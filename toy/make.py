@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))          # run as a script: find the package `toy`
-from toy import judges
+from toy import flux_model, judges
 from toy.scenes import SIZE, all_captions, parse_caption, render, sample_scene
 from toy.training import DEVICE, ROOT, WORK, fit, rng_of, to_batch
 
@@ -168,18 +168,23 @@ def train_sd(name, shape, layout_steps, shape_steps, batch=32):
 
 
 def make_sd():
-    save_sd(*train_sd("sd", UNET, *SD_STEPS))
-
-
-def save_sd(unet, text_encoder, tokenizer):
     """toy/sd, a folder that StableDiffusionPipeline.from_pretrained opens."""
-    pipe = StableDiffusionPipeline(vae=load_vae(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe.to(torch.float16).save_pretrained(ROOT / "sd")
-    path = ROOT / "sd" / "vae" / "config.json"                   # it names the folder it was loaded from: no path of this machine
+    unet, text_encoder, tokenizer = train_sd("sd", UNET, *SD_STEPS)
+    save_pipeline(StableDiffusionPipeline(vae=load_vae(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
+                                          safety_checker=None, feature_extractor=None, requires_safety_checker=False), "sd")
+
+
+def make_flux():
+    """toy/flux, a folder that FluxPipeline.from_pretrained opens."""
+    save_pipeline(flux_model.make_flux(load_vae(), *latents_of_scenes()), "flux")
+
+
+def save_pipeline(pipe, name):
+    pipe.to(torch.float16).save_pretrained(ROOT / name)
+    path = ROOT / name / "vae" / "config.json"                   # it names the folder it was loaded from: no path of this machine
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "_name_or_path" not in line))
-    path = ROOT / "sd" / "text_encoder" / "config.json"          # transformers computes in the dtype it finds here, diffusers in fp32: a mixed pipeline
-    path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for path in (ROOT / name).glob("text_encoder*/config.json"):  # transformers computes in the dtype it finds here, diffusers in fp32: a mixed pipeline
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def make_data():
@@ -201,9 +206,9 @@ def make_data():
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
 
-STAGES = dict(data=make_data, clip=judges.make_clip, vae=make_vae, sd=make_sd, pref=judges.make_pref, pref_b=judges.make_pref_b,
+STAGES = dict(data=make_data, clip=judges.make_clip, vae=make_vae, sd=make_sd, flux=make_flux, pref=judges.make_pref, pref_b=judges.make_pref_b,
               dino=judges.make_dino, detector=judges.make_detector, detector_b=judges.make_detector_b)
-OUTPUT = dict(data="images/metadata.jsonl", vae="sd/vae/config.json", sd="sd/model_index.json")
+OUTPUT = dict(data="images/metadata.jsonl", vae="sd/vae/config.json", sd="sd/model_index.json", flux="flux/model_index.json")
 
 
 def main():

@@ -1,6 +1,7 @@
 """Measures what the toy world's diffusion model can do, on held-out prompts, and draws the pictures of toy/README.md.
 
   $ python toy/measure.py                 # the model, then the judges (python -m toy.quality)
+  $ python toy/measure.py --model toy-flux    # the flow, in five steps without guidance; no judges
   $ python toy/measure.py --model DIR     # another one
 """
 import argparse
@@ -19,6 +20,7 @@ from toy import oracle, quality
 from toy.training import ROOT
 
 SAMPLER = dict(scheduler="ddim", eta=0., num_inference_steps=20, guidance_scale=4.)
+FLOW_SAMPLER = dict(scheduler="euler", eta=0., num_inference_steps=5, guidance_scale=1.)
 
 
 class SharedKeys:
@@ -71,10 +73,10 @@ def save_picture(images, name, columns):
     Image.open(path).quantize(256).save(path, optimize=True)
 
 
-def save_reference(model, path=ROOT / "pictures" / "reference.png"):
-    """Two small images that tests/test_toy_sd.py makes again: have the weights, or diffusers, changed?"""
-    images = generate(model, ["a red circle", "a blue square left of a yellow circle"], 0, SAMPLER)
-    to_pil(torch.cat(list(images), 2)).save(path)
+def save_reference(model, sampler, name):
+    """Two small images that the tests make again: have the weights, or diffusers, changed?"""
+    images = generate(model, ["a red circle", "a blue square left of a yellow circle"], 0, sampler)
+    to_pil(torch.cat(list(images), 2)).save(ROOT / "pictures" / f"{name}.png")
 
 
 def correct_rates(model, prompts, num_images, sampler, seed=0):
@@ -97,13 +99,16 @@ def main():
     torch.set_num_threads(1)
     model, prompts = load_model(args.model, pick_device("auto")), read_prompts(ROOT / "prompts_test.txt")
     one, two = [p for p in prompts if p.count(" a ") == 0], [p for p in prompts if p.count(" a ") == 1][:40]
-    for guidance_scale in (4., 1.):
+    sampler = FLOW_SAMPLER if model.flow else SAMPLER
+    for guidance_scale in (1.,) if model.flow else (4., 1.):
         for name, part, num_images in (("one object", one, 24), ("two objects", two, 4)):
-            rates, images = correct_rates(model, part, num_images, dict(SAMPLER, guidance_scale=guidance_scale))
+            rates, images = correct_rates(model, part, num_images, dict(sampler, guidance_scale=guidance_scale))
             print(f"guidance {guidance_scale:g}, {name:<11}", {k: round(v, 3) for k, v in rates.items()}, flush=True)
             if name == "two objects":
-                save_picture(images[:96].unflatten(0, (24, 4))[:, :2].flatten(0, 1), f"guidance_{guidance_scale:g}", 12)
-    save_reference(model)
+                save_picture(images[:96].unflatten(0, (24, 4))[:, :2].flatten(0, 1), "flux" if model.flow else f"guidance_{guidance_scale:g}", 12)
+    save_reference(model, sampler, "flux_reference" if model.flow else "reference")
+    if model.flow:
+        return
     influence, pictures = fusion_influence(model, prompts[:8])
     print(f"fusion influence {influence:.3f}")
     save_picture(torch.stack(pictures, 1)[::4].transpose(0, 1).flatten(0, 1), "fusion", 16)
