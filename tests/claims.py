@@ -3,6 +3,7 @@
   $ OMP_NUM_THREADS=1 python tests/claims.py refl --out claims --jobs 2             # 3 training runs and their images
   $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 9 more runs; uses refl's
   $ OMP_NUM_THREADS=1 python tests/claims.py focus_n_fix --out claims --jobs 2      # 12 short runs
+  $ OMP_NUM_THREADS=1 python tests/claims.py dfusion --out claims                   # D-Fusion's pairs; nothing is trained
 
 Writes DIR/<experiment>/table.md, results.json and plots. The training seed is the unit: a figure is the mean over seeds, with the standard
 deviation over seeds behind the sign; held-out prompts and image seeds are the same for every row.
@@ -22,8 +23,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import load_detector, load_reward
+import dfusion_dpo
+from common import generator, load_detector, load_model, load_reward, make_scheduler, save_grid
+from evaluate import Dino
 from focus_n_fix import THRESHOLD, change, concept_reward, grad_cam, last_norm, problem_mask
+from toy import oracle
 from toy.scenes import render, sample_scene
 
 SEEDS = (0, 1, 2)
@@ -32,6 +36,8 @@ METRICS = ("toy_pref", "toy_pref_b", "toy_correct", "dino_div", "frechet_toy")
 BASE_STEPS = (5, 8, 11, 14, 17)                  # of 20: the switch points of combined generation
 SWITCH = 11                                      # the one that the ablations are shown at
 MATCH = 14                                       # the one at which ImageReFL's number of updates is chosen, on training prompts
+WEIGHT = 1e-4                                    # a diffusion_weight at which the diffusion loss holds the toy model; the paper's is 1e-5
+REFL_EARLIER = "step_000120"                     # ReFL stopped earlier, for comparison
 
 
 def call(out, name, script, *words, done=None):
@@ -165,7 +171,8 @@ def imagerefl(out, jobs):
     """ImageReFL's Table 1 and Figures 5 and 9: what combined generation and AIG keep of the reward, and of the diversity."""
     kinds = {"refl": ("ReFL", "refl"), "imagerefl": ("ImageReFL", "imagerefl"),
              "no_diffusion": ("ImageReFL without the diffusion loss", "imagerefl", "--diffusion_weight", 0),
-             "no_refl": ("ImageReFL without ReFL steps", "imagerefl", "--refl_every", 0)}
+             "no_refl": ("ImageReFL without ReFL steps", "imagerefl", "--refl_every", 0),
+             "weighted": (f"ImageReFL, diffusion_weight {WEIGHT:g}", "imagerefl", "--diffusion_weight", WEIGHT)}
     runs = {(kind, seed): out.parent / "refl" / f"run_{seed}" if kind == "refl" else out / f"{kind}_{seed}"
             for seed in SEEDS for kind in kinds}
     together(jobs, [lambda k=k, s=s: train(runs[k, s].parent, runs[k, s].name, *kinds[k][1:], "--seed", s) for k, s in runs])
@@ -189,7 +196,7 @@ def imagerefl(out, jobs):
         for g in (1, 4) if kind == "refl" else ():
             results[f"{name} + AIG, base guidance {g}", seed] = metrics(
                 out, images(out, f"{kind}_{seed}_aig_{g}", "--mode", "aig", "--lora", run, "--base_guidance_scale", g))
-    together(jobs, [lambda k=k, s=s: measure(k, s) for k, s in runs])
+    together(jobs, [lambda k=k, s=s: measure(k, s) for k, s in runs if k != "weighted"])
     rows = {name: over_seeds([results[n, s] for n, s in sorted(results) if n == name]) for name in dict.fromkeys(n for n, _ in results)}
     write_table(out, dict(sorted(rows.items(), key=lambda kv: (kv[0][0] not in "br", kv[0].split(",")[0], len(kv[0]), kv[0]))))
 
@@ -199,27 +206,29 @@ def imagerefl(out, jobs):
         differences = {m: [results[a, s][m] - results[b, s][m] for s in SEEDS] for m in METRICS}
         print(f"  {n:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in differences.items()))
 
-    # ImageReFL goes further in as many updates. Which snapshot of it is as diverse as the last of ReFL? Asked on training prompts, seed 0.
-    at = ("--mode", "combined", "--base_steps", MATCH)
+    # ImageReFL goes further in as many updates, and at the paper's weight its diffusion loss hardly holds it. Which snapshot, of either weight, is as
+    # diverse as the last of ReFL? Asked on training prompts, seed 0; then compared on held-out ones.
     tuning, snapshots = {}, sorted(p.name for p in (runs["refl", 0] / "lora").glob("step_*"))
     together(jobs, [lambda k=k, n=n: tuning.update({(k, n): metrics(out, images(
-        out, f"tuning_{k}_{n}", "--lora", runs[k, 0] / "lora" / n, *at, prompts=training_prompts(out), num_images=4))})
-        for k in ("refl", "imagerefl") for n in snapshots])
+        out, f"tuning_{k}_{n}", "--lora", runs[k, 0] / "lora" / n, "--mode", "combined", "--base_steps", MATCH, prompts=training_prompts(out), num_images=4))})
+        for k in ("refl", "imagerefl", "weighted") for n in snapshots])
     print(f"\ntraining prompts, seed 0, {MATCH} base steps")
     for (k, n), row in sorted(tuning.items()):
         print(f"  {k:<10}{n}  " + "  ".join(f"{m} {v:.3f}" for m, v in row.items() if m != "frechet_toy"))
-    matched = min(snapshots, key=lambda n: abs(tuning["imagerefl", n]["dino_div"] - tuning["refl", snapshots[-1]]["dino_div"]))
-    cells = [(k, n, b, s) for k, n in (("imagerefl", matched), ("refl", matched)) for b in (*BASE_STEPS[2:],) for s in SEEDS]
+    last = tuning["refl", snapshots[-1]]["dino_div"]
+    chosen = {k: min(snapshots, key=lambda n: abs(tuning[k, n]["dino_div"] - last)) for k in ("imagerefl", "weighted")} | {"refl": REFL_EARLIER}
+    cells = [(k, b, s) for k in chosen for b in BASE_STEPS[2:] for s in SEEDS]
     equal = {}
-    together(jobs, [lambda k=k, n=n, b=b, s=s: equal.update({(k, n, b, s): metrics(out, images(
-        out, f"{k}_{s}_{n}_{b}", "--lora", runs[k, s] / "lora" / n, "--mode", "combined", "--base_steps", b))}) for k, n, b, s in cells])
-    later = {f"{kinds[k][0]}, {int(n.removeprefix('step_'))} updates + combined, {b} base steps": over_seeds([equal[k, n, b, s] for s in SEEDS])
-             for k, n, b, _ in cells}
+    together(jobs, [lambda k=k, b=b, s=s: equal.update({(k, b, s): metrics(out, images(
+        out, f"{k}_{s}_{chosen[k]}_{b}", "--lora", runs[k, s] / "lora" / chosen[k], "--mode", "combined", "--base_steps", b))}) for k, b, s in cells])
+    updates = {k: int(n.removeprefix("step_")) for k, n in chosen.items()}
+    later = {f"{kinds[k][0]}, {updates[k]} updates + combined, {b} base steps": over_seeds([equal[k, b, s] for s in SEEDS]) for k, b, _ in cells}
     write_table(out, rows | later)
-    print(f"\nImageReFL after {int(matched.removeprefix('step_'))} updates minus ReFL after {int(snapshots[-1].removeprefix('step_'))}, paired: mean (each seed)")
-    for b in BASE_STEPS[2:]:
-        differences = {m: [equal["imagerefl", matched, b, s][m] - results[f"ReFL + combined, {b} base steps", s][m] for s in SEEDS] for m in METRICS}
-        print(f"  {b:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in differences.items()))
+    for k in ("imagerefl", "weighted"):
+        print(f"\n{kinds[k][0]}, {updates[k]} updates, minus ReFL after {int(snapshots[-1].removeprefix('step_'))}, paired: mean (each seed)")
+        for b in BASE_STEPS[2:]:
+            differences = {m: [equal[k, b, s][m] - results[f"ReFL + combined, {b} base steps", s][m] for s in SEEDS] for m in METRICS}
+            print(f"  {b:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in differences.items()))
 
     import matplotlib
     matplotlib.use("Agg")
@@ -231,6 +240,10 @@ def imagerefl(out, jobs):
             curve = [rows[name], *(rows[f"{name} + combined, {n} base steps"] for n in BASE_STEPS), rows["base, guidance 4"]]
             axis.plot([r["dino_div"][0] for r in curve], [r[metric][0] for r in curve], "o-", color=colour, markersize=3, label=f"{name} + combined")
             axis.plot(curve[0]["dino_div"][0], curve[0][metric][0], "s", color=colour, label=f"{name} alone")
+        for k, colour in (("refl", "tab:cyan"), ("imagerefl", "tab:red"), ("weighted", "tab:green")):
+            curve = [row for name, row in later.items() if name.startswith(f"{kinds[k][0]}, {updates[k]} updates")]
+            axis.plot([r["dino_div"][0] for r in curve], [r[metric][0] for r in curve], "o--", color=colour, markersize=3,
+                      label=f"{kinds[k][0]}, {updates[k]} updates + combined")
         for name, marker in (("base, guidance 4", "k*"), ("base, guidance 1", "k."), ("real scenes", "g^"), ("ReFL + AIG, base guidance 1", "bx"),
                              ("ReFL + AIG, base guidance 4", "b+")):
             axis.plot(rows[name]["dino_div"][0], rows[name][metric][0], marker, label=name)
@@ -352,7 +365,70 @@ def focus_n_fix(out, jobs):
     figure.savefig(out / "equal_reward.png", dpi=80)
 
 
-EXPERIMENTS = dict(refl=refl, imagerefl=imagerefl, focus_n_fix=focus_n_fix)
+FUSED = {"layers 3-6, steps 18-1 (the paper's)": ("3-6", "18-1"), "layer 3": ("3", "18-1"), "layers 2-4": ("2-4", "18-1"), "layers 3-5": ("3-5", "18-1"),
+         "all layers": ("0-6", "18-1"), "steps 20-1": ("3-6", "20-1"), "steps 18-10": ("3-6", "18-10"), "steps 9-1": ("3-6", "9-1")}
+
+
+def dfusion(out, jobs):
+    """D-Fusion's pairs on the base model: is a target the base's scene with the reference's item? Do the masks find the items? And Figure 9."""
+    torch.set_num_threads(jobs)
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu")
+    model, reward, dino = load_model("toy", device), load_reward("toy_clip", device)[0], Dino(ROOT / "toy" / "dino", device)
+    args = dfusion_dpo.parse_args(["--out", str(out / "unused")])
+    scheduler, blocks, scale = make_scheduler(model, "ddim", args.num_inference_steps), dfusion_dpo.attention_blocks(model), args.guidance_scale
+    capturing, lines, pictures, N = dfusion_dpo.modules_of(model, [blocks[args.mask_layer]], "attn2"), [], {}, 16
+    steps_of = lambda text: range(args.num_inference_steps - max(dfusion_dpo.span("", text)), args.num_inference_steps - min(dfusion_dpo.span("", text)) + 1)
+    right = lambda images, prompt: [float(oracle.correct(image, prompt) is True) for image in images]
+    for template in ("attributes", "relations"):
+        rows = dfusion_dpo.read_items(args.prompts, template)[0][::5]                      # 8 of its 40 training prompts
+        plain, fused, found = [], {name: [] for name in FUSED}, []
+        for p, row in enumerate(rows):
+            prompt, generators = row["prompt"], lambda which: [generator(0, "pairs", p, int(k)) for k in which]
+            spans = [dfusion_dpo.token_span(model.pipe.tokenizer, prompt, item, args.item_token) for item in row["items"]]
+            with dfusion_dpo.installed(model, dfusion_dpo.CrossAttentionMaps(N), capturing) as maps_of:
+                x, maps = dfusion_dpo.sample_trajectories(model, scheduler, prompt, generators(range(N)), scale, maps_of, spans)
+            images, r = dfusion_dpo.score(model, reward, x[:, -1], prompt, N)
+            reference, base, source = dfusion_dpo.choose(r)
+            masks = dfusion_dpo.merge_masks(maps[reference], row["thresholds"], args.mask_merge)
+            with torch.no_grad():
+                features = dino(images)
+            a, b = reference[source], base
+            plain.append((r[b].mean(), r[a].mean(), (features[a] * features[b]).sum(-1).mean(), (images[a] - images[b]).abs().mean(),
+                          statistics.mean(right(images[b], prompt)), statistics.mean(right(images[a], prompt))))
+            for k, m in zip(reference, masks):                             # the masks against the objects, as the oracle cuts them out
+                pixels = oracle.to_array(images[k])
+                thing = torch.from_numpy(oracle.segment(pixels, oracle.background_of(pixels)) > 0).float()
+                thing = torch.nn.functional.adaptive_avg_pool2d(thing[None], m.shape[-1])[0]
+                m = m[steps_of(args.fusion_steps)].float()
+                found.append(((m * thing).sum((1, 2)) / thing.sum(), m.mean((1, 2)), thing.mean().expand(len(m))))
+            for name, (layers, steps) in FUSED.items():
+                names = dfusion_dpo.modules_of(model, [blocks[i] for i in dfusion_dpo.span("", layers)], "attn1")
+                with dfusion_dpo.installed(model, dfusion_dpo.SelfAttentionFusion(), names) as fusion:
+                    target = dfusion_dpo.fuse(model, scheduler, fusion, prompt, x[reference], x[base], source, masks, generators(base), scale, steps_of(steps))
+                made, r_t = dfusion_dpo.score(model, reward, target[:, -1], prompt, N)
+                with torch.no_grad():
+                    cosine = (dino(made) * features[b]).sum(-1).mean()
+                fused[name].append((r_t.mean(), (r_t >= r[b]).float().mean(), cosine, (made - images[b]).abs().mean(), statistics.mean(right(made, prompt))))
+                if p < 6:
+                    pictures.setdefault((template, p), [images[base[0]], images[reference[0]]]).append(made[0])
+        mean = lambda parts: torch.tensor(parts, dtype=torch.float64).mean(0).tolist()
+        r_b, r_a, cosine, pixels, right_b, right_a = mean(plain)
+        lines += [f"\n{template}: {len(rows)} prompts, {N} images each, {len(base)} pairs a prompt\n",
+                  "| | toy_clip | adopted | toy_correct | cosine to the base (DINO) | pixel distance to the base |", "|---|---|---|---|---|---|",
+                  f"| base | {r_b:.3f} | | {right_b:.2f} | 1 | 0 |", f"| reference | {r_a:.3f} | | {right_a:.2f} | {cosine:.3f} | {pixels:.3f} |"]
+        for name in FUSED:
+            r_t, adopted, cosine, pixels, correct = mean(fused[name])
+            lines.append(f"| target: {name} | {r_t:.3f} | {adopted:.2f} | {correct:.2f} | {cosine:.3f} | {pixels:.3f} |")
+        inside, area, objects = (torch.cat(x).mean().item() for x in zip(*found))
+        lines.append(f"\nmasks: {area:.1%} of the latent; the objects are {objects:.1%} of the picture, {inside:.1%} of them under the mask")
+    save_grid(torch.cat([torch.stack(images) for images in pictures.values()]), out / "pairs.png", columns=2 + len(FUSED))
+    Image.open(out / "pairs.png").quantize(256).save(out / "pairs.png", optimize=True)
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+EXPERIMENTS = dict(refl=refl, imagerefl=imagerefl, focus_n_fix=focus_n_fix, dfusion=dfusion)
 
 
 def main():
