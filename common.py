@@ -90,8 +90,7 @@ class Model:
 
     @property
     def latent_shape(self):
-        side = self.resolution // self.pipe.vae_scale_factor
-        return (self.vae.config.latent_channels, side, side)
+        return (self.vae.config.latent_channels, *[self.resolution // self.pipe.vae_scale_factor] * 2)
 
     @property
     def part(self):
@@ -145,10 +144,8 @@ def pipeline_class(name):
 
 def pick_device(name):
     """"auto", "cpu", "cuda" or "cuda:1" -> torch.device; CUDA asked for and absent is an error."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError:
         die(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -183,8 +180,8 @@ def load_model(name, device, resolution=None, full=False):
                 if info["missing_keys"]:
                     die(f"--model {name}: the weights of its {key} lack {min(info['missing_keys'])}")
         pipe = cls.from_pretrained(repo, dtype={"default": dtype, part: torch.float32 if full else dtype}, **extra, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
-        die(f"--model {name}: {textwrap.shorten(f'{type(e).__name__}: {e}', 600)}")
+    except UNREADABLE as e:
+        die(f"--model {name}: {why(e)}")
     pipe.set_progress_bar_config(disable=True)
     for module in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
         if absent := [k for k, p in module.named_parameters() if p.is_meta]:
@@ -389,8 +386,7 @@ def save_weights(model, folder, lora_rank):
 
 def find_lora(path):
     """A run folder, a LoRA folder or a .safetensors file -> the file; an error if there is none."""
-    path = Path(path)
-    for candidate in (path, path / "pytorch_lora_weights.safetensors", path / "lora" / "pytorch_lora_weights.safetensors"):
+    for candidate in (Path(path), Path(path) / "pytorch_lora_weights.safetensors", Path(path) / "lora" / "pytorch_lora_weights.safetensors"):
         if candidate.is_file() and candidate.suffix == ".safetensors":
             return candidate
     die(f"{path}: no LoRA here (looked for a .safetensors file, pytorch_lora_weights.safetensors and lora/pytorch_lora_weights.safetensors)")
@@ -403,8 +399,8 @@ def read_lora(path):
     except SafetensorError as e:
         die(f"{path}: not a readable safetensors file ({e})")
     ranks = {v.shape[0] for k, v in state.items() if k.endswith("lora_A.weight")}
-    if len(ranks) != 1:
-        die(f"{path}: not a LoRA in diffusers' format with one rank (found ranks {sorted(ranks)})")
+    if len(ranks) != 1 or not all(v.isfinite().all() for v in state.values()):
+        die(f"{path}: not a LoRA in diffusers' format with one rank and finite numbers (found ranks {sorted(ranks)})")
     return state, ranks.pop()
 
 
@@ -660,15 +656,22 @@ def split_reward(spec):
     return name, path or None
 
 
+UNREADABLE = (pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
+
+
+def why(e):
+    """Why weights were not loaded, in short."""
+    plain = not isinstance(e, (pickle.UnpicklingError, EOFError))
+    return textwrap.shorten(f"{type(e).__name__}: {e}", 400) if plain else "no checkpoint of plain tensors; one that carries code is never opened"
+
+
 def load_reward(spec, device):
     """"name" or "name:PATH" -> (callable, its row of REWARDS). Weights that are missing, unreadable or do not fit are an error, never random."""
     name, path = split_reward(spec)
     try:
         return REWARDS[name].build(path, device), REWARDS[name]
-    except (pickle.UnpicklingError, EOFError):
-        die(f"--reward {spec}: its file is no checkpoint of plain tensors; one that carries code is never opened")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
-        die(f"--reward {spec}: cannot load its weights: {textwrap.shorten(f'{type(e).__name__}: {e}', 400)}")
+    except UNREADABLE as e:
+        die(f"--reward {spec}: cannot load its weights: {why(e)}")
 
 
 class Detector(torch.nn.Module):
@@ -708,10 +711,8 @@ def load_detector(source, device):
             raise ValueError(f"a detector has one class, this network {net.config.num_labels}")
         like = dict(mean=processor["image_mean"], std=processor["image_std"]) if processor else {}
         return Detector(net, processor["size"]["height"] if processor else 512, **like).to(device).eval().requires_grad_(False)
-    except (pickle.UnpicklingError, EOFError, IndexError):
-        die(f"--detector {source}: no checkpoint of plain tensors; one that carries code is never opened")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
-        die(f"--detector {source}: cannot load its weights: {textwrap.shorten(f'{type(e).__name__}: {e}', 400)}")
+    except UNREADABLE as e:
+        die(f"--detector {source}: cannot load its weights: {why(e)}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -758,13 +759,14 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, name, str(default))
         args.out = args.out or str(Path("runs") / re.sub(r"[^\w.-]+", "_", f"{script}-{args.model}-{args.reward}"))
         check_out(args)
-        for name in ("train_steps", "batch_size", "micro_batch", "num_inference_steps", "save_every"):
-            if getattr(args, name) < 1:
+        if "" in vars(args).values():
+            self.error(f"--{next(k for k, v in vars(args).items() if v == '')}: its value is empty")
+        for name in ("train_steps", "batch_size", "micro_batch", "num_inference_steps", "save_every", "resolution"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
                 self.error(f"--{name} {getattr(args, name)}: at least 1")
-        if args.num_inference_steps > 500:
-            self.error(f"--num_inference_steps {args.num_inference_steps}: at most 500 of the 1000 timesteps of training")
-        if args.lora_rank < 0 or not 0 < args.lr < 1:
-            self.error(f"--lora_rank {args.lora_rank} --lr {args.lr:g}: the rank is 0 or more, the learning rate between 0 and 1")
+        if args.num_inference_steps > 500 or args.lora_rank < 0 or not 0 < args.lr < 1:
+            self.error(f"--num_inference_steps {args.num_inference_steps} --lora_rank {args.lora_rank} --lr {args.lr:g}: at most 500 of the 1000 "
+                       "timesteps of training; the rank is 0 or more, the learning rate between 0 and 1")
         if args.init_lora and (rank := read_lora(args.init_lora)[1]) != args.lora_rank:
             self.error(f"--init_lora {args.init_lora} has rank {rank}: --lora_rank {rank} is needed")
         return args
@@ -783,7 +785,7 @@ def launch(parse_args, main):
     try:
         args = parse_args()
         main(args)
-    except (KeyboardInterrupt, OSError, SafetensorError, torch.cuda.OutOfMemoryError) as e:
+    except (KeyboardInterrupt, OSError, json.JSONDecodeError, SafetensorError, torch.cuda.OutOfMemoryError) as e:
         kept = hasattr(args, "resume") and (Path(args.out) / "checkpoint" / "state.pt").is_file()
         kept = "; its last checkpoint is whole: the same command with --resume goes on from there" if kept else ""
         if isinstance(e, KeyboardInterrupt):
@@ -808,10 +810,10 @@ def read_prompts(path, split="train"):
     try:
         if path is None:
             return coco.captions(split)
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         die(f"prompts file {path}: {e.strerror if isinstance(e, OSError) else 'not UTF-8 text'}" if path else f"COCO captions: {e}")
-    return prompts or die(f"prompts file {path}: no prompt in it; one per line is expected")
+    return prompts if prompts and "\0" not in "".join(prompts) else die(f"prompts file {path}: no prompt in it, or a NUL character; one per line is expected")
 
 
 def to_pil(image):
@@ -885,22 +887,24 @@ class Run:
 
     def resume(self, params, optimizer):
         """Puts the checkpoint's weights and optimizer back, and cuts log lines written after it. Sets .start to its update; returns all it holds."""
-        state = torch.load(self.dir / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
-        for p, saved in zip(params, state["params"], strict=True):
-            p.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        self.start, log = state["step"], self.dir / "log.jsonl"
-        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= self.start]
+        try:
+            state = torch.load(self.dir / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+            for p, saved in zip(params, state["params"], strict=True):
+                p.data.copy_(saved)
+            optimizer.load_state_dict(state["optimizer"])
+            self.start, log = state["step"], self.dir / "log.jsonl"
+            lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= self.start]
+        except UNREADABLE as e:
+            die(f"--resume: {self.dir / 'checkpoint'} does not continue this run: {why(e)}")
         coco.write(log, "".join(lines).encode())
         self.skipped = [row["step"] for row in map(json.loads, lines) if "skipped" in row]
         return state
 
-    def skips(self, step, grad_norm, loss):
-        """Whether an update must be left out, because NaN or Inf would reach the weights -> the phase that first put one out, or None. Five in a
-        row end the run."""
-        if math.isfinite(grad_norm + loss):
+    def skips(self, step, grad_norm, loss, reward=0.):
+        """None; or, if NaN or Inf would reach the weights, the phase that first put one out: the update is left out. Five in a row end the run."""
+        if math.isfinite(grad_norm + reward):
             return None
-        phase = next((name for name, finite in self.calls if not finite), "backward pass" if math.isfinite(loss) else "reward or detector")
+        phase = next((name for name, finite in self.calls if not finite), "backward pass" if math.isfinite(loss + reward) else "reward or detector")
         self.skipped.append(step)
         message = f"update {step}: NaN or Inf, first from the {phase}; {CAUSES[phase]}"
         if self.skipped[-5:] == list(range(step - 4, step + 1)):

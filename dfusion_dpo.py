@@ -373,7 +373,7 @@ def read_items(path, template):
             if not row["items"] or not row.keys() <= {"prompt", "items", "thresholds"} or len(numbers) != len(row["items"]):
                 raise ValueError(f"{row['prompt']!r} has not as many thresholds as items, or other keys")
             for value, kind in (*((x, str) for x in (row["prompt"], *row["items"], *tests)), *((x, (int, float)) for x in numbers)):
-                if not isinstance(value, kind) or value == "":
+                if not isinstance(value, kind) or value == "" or "\0" in str(value):
                     raise ValueError(f"{value!r} in the wrong place")
         if len({row["prompt"] for row in rows}) < len(rows) or not rows:
             raise ValueError("no prompt, or one twice")
@@ -487,7 +487,7 @@ def sample_round(args, model, scheduler, reward, rows, modules, steps, history, 
             now |= dict(reward_target=r_t, adoption=adopted.float(), mask_area=masks[:, steps].float())
         if args.trajectory == "inversion":
             a, b = invert(model, scheduler, prompt, a[:, -1]), invert(model, scheduler, prompt, b[:, -1])
-        past = [value for rewards in history[prompt].values() for value in rewards]
+        past = [value for rewards in history[prompt].values() for value in rewards if math.isfinite(value)]
         trajectories.append(torch.stack([a, b]))
         advantage.append(torch.stack([advantages(past, r_a), advantages(past, r_b)]))
         prompts += [prompt] * len(base)
@@ -580,7 +580,7 @@ def main(args):
         log_prob_old = torch.cat(log_probs, 1).cpu() if log_prob_old is None else log_prob_old
 
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()     # Table 3
-        if not (skipped := run.skips(step, grad_norm, total + round_stats["reward"])):       # NaN or Inf never reaches the weights
+        if not (skipped := run.skips(step, grad_norm, total, round_stats["reward"])):         # NaN or Inf never reaches the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log_ratio = torch.cat(log_ratios, 1).cpu()                        # (2, couples)

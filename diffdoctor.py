@@ -338,8 +338,8 @@ def read_meta(folder):
         where = f"{folder / 'meta.jsonl'} line {number}"
         try:
             row = json.loads(line)
-            name, ok = Path(row["file_name"]), row["source"] in ("human", "pseudo", "real") and row["split"] in ("train", "test")
-        except (ValueError, KeyError, TypeError):
+            name, ok = Path(row["file_name"]), row["file_name"].strip(".") and row["source"] in ("human", "pseudo", "real") and row["split"] in ("train", "test")
+        except (ValueError, KeyError, TypeError, AttributeError):
             ok = False
         if not ok:
             die(f'{where}: {{"file_name", "category", "split": "train" or "test", "source": "human", "pseudo" or "real"}} is expected')

@@ -117,11 +117,15 @@ def read_folder(folder):
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
+                if not isinstance(row["text"], str) or "\0" in row["text"] + row["file_name"]:
+                    raise ValueError
                 rows.append(dict(file_name=row["file_name"], text=row["text"], prompt_id=str(row.get("prompt_id", row["text"])), seed=row.get("seed")))
             except (ValueError, KeyError, TypeError, AttributeError):
                 die(f'{path}, line {number}: expected {{"file_name": ..., "text": ...}}, and "prompt_id", "seed" if there are any')
     texts = {}
     for row in rows:
+        if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts:
+            die(f"{path}: {row['file_name']} is outside the folder")
         if not (Path(folder) / row["file_name"]).is_file():
             die(f"{folder}: {row['file_name']}, named in its metadata.jsonl, does not exist")
         if texts.setdefault(row["prompt_id"], row["text"]) != row["text"]:
@@ -243,7 +247,7 @@ class MPS:
         self.clip = load_complete(CLIPModel, None, config=clip_config(own), state_dict=own).to(device)
         self.layers = [[[layers[f"{i}.{j}.fn.{name}.weight"].to(device) for name in names] for j, names in enumerate((self.CROSS, self.SELF))]
                        for i in range(len({k.split(".")[0] for k in layers}))]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer_config.json").is_file() else VIT_H)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer_config.json").is_file() else VIT_H, trust_remote_code=False)
         self.size = self.clip.config.vision_config.image_size
         self.condition = self.text([self.CONDITION])[0][0]                # (77, D)
 

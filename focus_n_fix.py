@@ -28,6 +28,7 @@ No code was released, and only the abstract was at hand, with second-hand summar
   $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --mode tuned --out images
 """
 import dataclasses
+import math
 import sys
 import time
 
@@ -109,7 +110,7 @@ def parse_args(argv=None):
         parser.error("--lora_rank 0: I0 comes from the network with its adapter off, so it takes a LoRA of rank 1 or more")
     if not 1 <= args.grad_steps <= args.num_inference_steps:
         parser.error(f"--grad_steps {args.grad_steps}: 1 <= grad_steps <= num_inference_steps = {args.num_inference_steps}")
-    if not 0 <= args.threshold < 1 or args.dilate < 0 or args.pool < 0 or not args.beta >= 0 or not args.guidance_scale >= 1:
+    if not 0 <= args.threshold < 1 or args.dilate < 0 or args.pool < 0 or not 0 <= args.beta < math.inf or not 1 <= args.guidance_scale < math.inf:
         parser.error(f"--threshold {args.threshold:g} --dilate {args.dilate} --pool {args.pool} --beta {args.beta:g} --guidance_scale "
                      f"{args.guidance_scale:g}: threshold in [0, 1); dilate, pool and beta 0 or more; guidance 1 or more")
     return args

@@ -28,6 +28,7 @@ Differences from the paper's code:
 Measured (toy, defaults, one CPU core, three seeds; tests/claims.py imagerefl): .5 s an update; held-out toy_pref 14.40 -> 15.94, dino_div .320 -> .132
 alone, 16.22 and .148 after 14 of 20 steps of the base model, whose own are 15.59 and .210.
 """
+import math
 import time
 
 import torch
@@ -88,7 +89,9 @@ def parse_args(argv=None):
     if not 0 <= args.start <= args.first_mid <= args.last_mid < args.num_inference_steps:
         parser.error(f"--start {args.start} --first_mid {args.first_mid} --last_mid {args.last_mid}: "
                      f"0 <= start <= first_mid <= last_mid < num_inference_steps = {args.num_inference_steps}")
-    if args.diffusion_weight < 0 or args.refl_every < 0:
+    if not math.isfinite(args.reward_scale):
+        parser.error(f"--reward_scale {args.reward_scale:g}: a finite number is needed")
+    if not 0 <= args.diffusion_weight < math.inf or args.refl_every < 0:
         parser.error(f"--diffusion_weight {args.diffusion_weight:g} --refl_every {args.refl_every}: 0 or more")
     return args
 

@@ -27,6 +27,7 @@ Differences from the papers' code:
 
 Measured (toy, defaults, one CPU core, three seeds; tests/claims.py refl): .9 s an update; held-out toy_pref 14.40 -> 15.84, dino_div .320 -> .174.
 """
+import math
 import time
 
 import torch
@@ -80,6 +81,8 @@ def parse_args(argv=None):
     args = parser.finish(argv, "refl")
     if not 0 <= args.first_mid <= args.last_mid < args.num_inference_steps:
         parser.error(f"--first_mid {args.first_mid} --last_mid {args.last_mid}: 0 <= first_mid <= last_mid < num_inference_steps = {args.num_inference_steps}")
+    if not math.isfinite(args.reward_scale):
+        parser.error(f"--reward_scale {args.reward_scale:g}: a finite number is needed")
     if args.loss == "hinge" and args.reward.partition(":")[0] != "imagereward":
         parser.error("--loss hinge is ImageReward's: relu(2 - r) is 0, or never fades, for the scale of another --reward")
     return args

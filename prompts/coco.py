@@ -248,8 +248,8 @@ class ImageFolder(Dataset):
                 name, text = Path(row["file_name"]), row["text"]
             except (ValueError, KeyError, TypeError) as e:
                 raise OSError(f'{path} line {number}: {{"file_name": "...", "text": "..."}} is expected') from e
-            if not isinstance(text, str):
-                raise OSError(f"{path} line {number}: its text is no string")
+            if not isinstance(text, str) or "\0" in text:
+                raise OSError(f"{path} line {number}: its text is no string, or has a NUL character in it")
             if name.is_absolute() or ".." in name.parts:                  # links in the folder are fine (the hub's cache has them)
                 raise OSError(f"{path} line {number}: {name} is outside the folder")
             if not (path.parent / name).is_file():
