@@ -750,6 +750,8 @@ class Parser(argparse.ArgumentParser):
     def finish(self, argv, script, own_rewards=()):
         """Second pass: parses, fills the defaults that depend on the model, and refuses what cannot run. own_rewards: those the script builds."""
         args = self.parse_args(argv)
+        if "" in vars(args).values():
+            self.error(f"--{next(k for k, v in vars(args).items() if v == '')}: its value is empty")
         toy = args.model in ("toy", "toy-flux")
         args.reward = args.reward or ("toy_pref" if toy else die(f"--reward is needed with --model {args.model}; known: {', '.join(REWARDS)}"))
         if args.reward not in own_rewards:
@@ -759,8 +761,6 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, name, str(default))
         args.out = args.out or str(Path("runs") / re.sub(r"[^\w.-]+", "_", f"{script}-{args.model}-{args.reward}"))
         check_out(args)
-        if "" in vars(args).values():
-            self.error(f"--{next(k for k, v in vars(args).items() if v == '')}: its value is empty")
         for name in ("train_steps", "batch_size", "micro_batch", "num_inference_steps", "save_every", "resolution"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 self.error(f"--{name} {getattr(args, name)}: at least 1")

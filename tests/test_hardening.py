@@ -237,3 +237,162 @@ def test_the_fifth_nan_in_a_row_ends_the_run(world, tmp_path, monkeypatch, capsy
     *_, line = said(capsys)
     assert line.startswith("error: update 8: NaN or Inf, first from the denoiser") and "--lr" in line and "fifth update in a row" in line
     assert all(p.isfinite().all() for p in load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").values())
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------
+# bad input: one line, exit status 2, nothing written, nothing run
+
+
+class Code:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def folder(root, name, row, image=None):
+    """A folder with one image that is there and one row about it."""
+    (root / name).mkdir()
+    Image.new("RGB", (64, 64), "red").save(root / name / "x.png")
+    if image is not None:
+        (root / name / "x.png").write_bytes(image)
+    (root / name / "metadata.jsonl").write_text((row if isinstance(row, str) else json.dumps(row)) + "\n")
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def bad(world, tmp_path_factory):
+    """A folder of bad files. Whatever is run by mistake makes `ran` beside them."""
+    root, ran = tmp_path_factory.mktemp("bad"), Code(tmp_path_factory.getbasetemp() / "ran")
+    (root / "nul.txt").write_bytes(b"a red circle\0\n")
+    (root / "nul_items.txt").write_bytes(b"a red circle\0 | circle\n")
+    (root / "nul.json").write_text(json.dumps({"a": dict(train=[dict(prompt="a red circle\0", items=["circle"])], test=["x"])}))
+    (root / "empty.txt").write_text("\n \n")
+    (root / "utf16.txt").write_text("a red circle", encoding="utf-16")
+    picture = (world[0] / "labelled" / "images" / "0.png").read_bytes()
+    for name, row, image in (
+            ("outside", dict(file_name="../x.png", text="a"), None), ("absolute", dict(file_name="/etc/passwd", text="a"), None),
+            ("number", dict(file_name=5, text="a"), None), ("text", dict(file_name="x.png", text=5), None), ("nul", dict(file_name="x.png", text="\0"), None),
+            ("nameless", dict(file_name="", text="a"), None), ("list", "[1]", None), ("cut", dict(file_name="x.png", text="a red circle"), picture[:300]),
+            ("long", dict(file_name="x" * 5000, text="a"), None), ("nothing", "", None)):
+        folder(root, name, row, image)
+    for name, row in (("labels_outside", dict(file_name="../0.png", split="train", source="human")), ("labels_nameless", dict(file_name="", split="train", source="human"))):
+        (root / name).mkdir()
+        (root / name / "meta.jsonl").write_text(json.dumps(row) + "\n")
+    lora = {f"unet.x.{part}.weight": torch.zeros(4, 4) for part in ("lora_A", "lora_B")}
+    save_file(lora, root / "other.safetensors")
+    save_file({k: v / 0 for k, v in lora.items()}, root / "nan.safetensors")
+    save_file(lora | {"unet.y.lora_A.weight": torch.zeros(3, 4)}, root / "ranks.safetensors")
+    (root / "cut.safetensors").write_bytes((root / "other.safetensors").read_bytes()[:100])
+    torch.save({"x": ran}, root / "code.safetensors")
+    torch.save({"x": ran}, root / "code.bin")
+    torch.save({"a": torch.zeros(3)}, root / "other.bin")
+    for name, index in (("list_model", []), ("video", {"_class_name": "CogVideoXPipeline"}), ("flux", {"_class_name": "FluxPipeline"}),
+                        ("own_code", dict(json.loads((world[0] / "sd" / "model_index.json").read_text()), unet=["my_unet", "Net"])),
+                        ("own_encoder", dict(json.loads((world[0] / "sd" / "model_index.json").read_text()), text_encoder=["transformers", "NoSuchModel"]))):
+        (root / name).mkdir()
+        for part in (world[0] / "sd").iterdir():
+            if part.is_dir() and not (name == "own_code" and part.name == "unet"):
+                os.symlink(part, root / name / part.name)
+        (root / name / "model_index.json").write_text(json.dumps(index))
+    (root / "flux" / "transformer").mkdir()
+    (root / "flux" / "transformer" / "config.json").write_text("{}")
+    (root / "own_code" / "unet").mkdir()
+    (root / "own_code" / "unet" / "my_unet.py").write_text(f"import os\nos.mkdir({str(ran.path)!r})\n")
+    (root / "own_code" / "unet" / "config.json").write_text('{"_class_name": "Net"}')
+    (root / "own_detector").mkdir()
+    (root / "own_detector" / "config.json").write_text(json.dumps(dict(model_type="mine", auto_map={"AutoModelForSemanticSegmentation": "mine.Net", "AutoConfig": "mine.C"})))
+    (root / "own_detector" / "mine.py").write_text(f"import os\nos.mkdir({str(ran.path)!r})\n")
+    (root / "own_detector" / "preprocessor_config.json").write_text("{}")
+    return root
+
+
+METHODS = ("refl", "imagerefl", "focus_n_fix", "treat", "dfusion_dpo")
+PROMPTED, PICTURED = ("refl", "imagerefl", "focus_n_fix", "treat", "sample"), ("imagerefl", "treat", "detector", "score", "evaluate")
+IMAGES = dict(imagerefl="--data", treat="--data", detector="--real", score="--images", evaluate="--reference")
+TABLE = [  # scripts, flag (None: the images of each), value (a name without a blank: a file of `bad`), what the message holds
+    (PROMPTED, "--prompts", "nul.txt", "NUL"), (PROMPTED, "--prompts", "empty.txt", "no prompt"), (PROMPTED, "--prompts", "utf16.txt", "UTF-8"),
+    (METHODS, "--test_prompts", "nul.txt", "NUL"), (("dfusion_dpo",), "--prompts", "nul_items.txt", "NUL"), (("dfusion_dpo",), "--prompts", "nul.json", "wrong place"),
+    (METHODS, "--prompts", "", "empty"), (METHODS, "--out", "", "empty"),
+    (PICTURED, None, "outside", "outside the folder"), (PICTURED, None, "absolute", "outside the folder"), (PICTURED, None, "number", "expected"),
+    (PICTURED, None, "text", ""), (PICTURED, None, "nul", ""), (PICTURED, None, "nameless", ""), (PICTURED, None, "list", "expected"),
+    (PICTURED, None, "long", "too long"), (PICTURED, None, "nothing", "metadata.jsonl"), (("score", "evaluate"), None, "cut", ""),
+    (("detector",), "--data", "labels_outside", "outside the folder"), (("detector",), "--data", "labels_nameless", "expected"),
+    (METHODS, "--init_lora", "cut.safetensors", "safetensors"), (METHODS, "--init_lora", "code.safetensors", "safetensors"),
+    (METHODS, "--init_lora", "code.bin", "no LoRA"), (METHODS, "--init_lora", "nan.safetensors", "finite"), (METHODS, "--init_lora", "ranks.safetensors", "one rank"),
+    (METHODS, "--init_lora", "other.safetensors", "another model"), (("sample",), "--lora", "code.safetensors", "safetensors"),
+    (("sample",), "--lora", "other.safetensors", "another model"), (("sample",), "--lora", "nan.safetensors", "finite"),
+    (METHODS, "--model", "list_model", "model_index.json"), (METHODS, "--model", "video", "CogVideoXPipeline"),
+    (METHODS, "--model", "flux", "flux"),
+    (METHODS, "--model", "own_code", "own_code"), (METHODS, "--model", "own_encoder", "NoSuchModel"),
+    (("treat", "focus_n_fix", "score"), "--detector", "code.bin", "code"), (("treat", "focus_n_fix", "score"), "--detector", "other.bin", "weights"),
+    (("treat", "focus_n_fix", "score"), "--detector", "own_detector", "weights"), (METHODS, "--resolution", "-8 ", "at least 1"),
+    (("refl", "imagerefl"), "--reward_scale", "nan ", "finite"), (("imagerefl",), "--diffusion_weight", "inf ", "diffusion_weight"),
+    (("focus_n_fix",), "--beta", "inf ", "beta"), (("focus_n_fix", "treat"), "--guidance_scale", "nan ", "guidance"), (METHODS, "--lr", "nan ", "--lr"),
+]
+
+
+def tree(*roots):
+    return {str(p): p.stat().st_mtime_ns for root in roots for p in root.rglob("*") if ".evaluate" not in p.parts}
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(world, bad, tmp_path, monkeypatch, capsys):
+    root, words = world
+    folder(root, "good", dict(file_name="x.png", text="a red circle"))
+    words = words | dict(sample=["--mode", "base", "--model", str(root / "sd"), "--prompts", str(root / "one.txt"), "--num_inference_steps", "2", "--device", "cpu"],
+                         score=["score", "--detector", str(TOY / "detector"), "--images", str(root / "good"), "--device", "cpu"],
+                         evaluate=[str(root / "good"), "--metrics", "cov_dist", "--device", "cpu"])
+    modules = SCRIPTS | dict(sample=combined_sample, score=diffdoctor, evaluate=evaluate)
+    ran, before, problems, count = bad.parent / "ran", tree(root, bad), [], 0
+    for names, flag, value, expected in TABLE:
+        for name in names:
+            path = str(bad / value) if value and " " not in value else value.strip()
+            line = put(words[name], flag or IMAGES[name], path, *(["--mode", "tuned"] if flag == "--lora" else []))
+            said(capsys)
+            try:
+                status = run(monkeypatch, modules[name], line, None if flag == "--out" else tmp_path / "out")
+            except BaseException as e:                                    # show the whole table at once
+                status = f"{type(e).__name__}: {e}"
+            told, count = said(capsys), count + 1
+            if status != 2 or len(told) != 1 or expected not in told[0] or (tmp_path / "out").exists() or ran.exists():
+                problems.append((name, flag or IMAGES[name], value, status, told, (tmp_path / "out").exists(), ran.exists()))
+    assert not problems, f"{len(problems)} of {count}:\n" + "\n".join(map(str, problems))
+    assert tree(root, bad) == before and count > 100
+
+
+@pytest.mark.parametrize("content", ["cut", "code", "another", "empty", "shapes"])
+def test_a_bad_checkpoint_is_not_resumed(world, tmp_path, monkeypatch, capsys, content):
+    words, out, state = put(world[1]["refl"], "--train_steps", 2), tmp_path / "run", tmp_path / "run" / "checkpoint" / "state.pt"
+    assert run(monkeypatch, refl, words, out) == 0
+    good = torch.load(state, weights_only=True)
+    if content in ("cut", "empty"):
+        state.write_bytes(state.read_bytes()[:1000 if content == "cut" else 0])
+    else:
+        torch.save(dict(code=dict(good, step=Code(tmp_path / "ran")), another=[1], shapes=dict(good, params=[p[:1] for p in good["params"][::-1]]))[content], state)
+    before = tree(out / "lora", out / "checkpoint"), (out / "log.jsonl").read_text()
+    said(capsys)
+    assert run(monkeypatch, refl, [*words, "--resume"], out) == 2
+    (line,) = said(capsys)
+    assert "does not continue this run" in line and not (tmp_path / "ran").exists()
+    assert before == (tree(out / "lora", out / "checkpoint"), (out / "log.jsonl").read_text())
+
+
+ODD = "\N{FIRE}\N{CAT} a red circle\n\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e9\u05dc\u05d5\u05dd\n" + "a very long prompt " * 500 + "\na\u0301 \u202e red\r\n"
+
+
+def test_odd_prompts_are_good(world, tmp_path, monkeypatch):
+    """Emoji, right-to-left text, 9,000 characters, a byte order mark."""
+    (tmp_path / "odd.txt").write_text(ODD, encoding="utf-8-sig")
+    (tmp_path / "items.txt").write_text("\N{FIRE} a red circle | circle\n\u05e9\u05dc\u05d5\u05dd a star | star\n", encoding="utf-8-sig")
+    for script in METHODS:
+        prompts = tmp_path / ("items.txt" if script == "dfusion_dpo" else "odd.txt")
+        assert run(monkeypatch, SCRIPTS[script], put(world[1][script], "--prompts", prompts, "--test_prompts", tmp_path / "odd.txt", "--train_steps", 1),
+                   tmp_path / script) == 0
+    words = ["--mode", "base", "--model", world[0] / "sd", "--prompts", tmp_path / "odd.txt", "--num_inference_steps", 2, "--num_images", 2, "--device", "cpu"]
+    assert run(monkeypatch, combined_sample, words, tmp_path / "images") == 0
+    rows = [json.loads(line) for line in (tmp_path / "images" / "metadata.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    assert [row["text"] for row in rows[::2]] == [line.strip() for line in ODD.split("\n") if line]
+    assert run(monkeypatch, evaluate, [tmp_path / "images", "--metrics", "toy_pref,dino_div", "--dino", "toy", "--device", "cpu"], tmp_path / "results.json") == 0
