@@ -92,12 +92,12 @@ class Plain:
         self.scheduler = scheduler.from_config(betas, timestep_spacing="leading", steps_offset=1, clip_sample=False)
         self.scheduler.set_timesteps(steps)
         self.timesteps = self.scheduler.timesteps
-        self.clip = CLIPModel.from_pretrained(TOY / "pref", torch_dtype=torch.float32).eval().requires_grad_(False)
-        self.detector = AutoModelForSemanticSegmentation.from_pretrained(TOY / "detector", torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.clip = CLIPModel.from_pretrained(TOY / "pref", dtype=torch.float32).eval().requires_grad_(False)
+        self.detector = AutoModelForSemanticSegmentation.from_pretrained(TOY / "detector", dtype=torch.float32).eval().requires_grad_(False)
         prompts, rows = (TOY / "prompts_train.txt").read_text().splitlines(), (TOY / "images" / "metadata.jsonl").read_text().splitlines()
         self.files = [TOY / "images" / json.loads(row)["file_name"] for row in rows]
         with torch.no_grad():
-            texts = CLIPTextModel.from_pretrained(TOY / "sd" / "text_encoder", torch_dtype=torch.float32)
+            texts = CLIPTextModel.from_pretrained(TOY / "sd" / "text_encoder", dtype=torch.float32)
             self.texts = texts(self.ids(TOY / "sd" / "tokenizer", prompts[:images])).last_hidden_state
             self.empty = texts(self.ids(TOY / "sd" / "tokenizer", [""])).last_hidden_state.expand(images, -1, -1)
             ids = self.ids(TOY / "pref", prompts[:images])
@@ -287,7 +287,7 @@ def trl(pairs, steps=20, batch=8):
         StableDiffusionPipeline(
             unet=UNet2DConditionModel.from_pretrained(TOY / "sd" / "unet", torch_dtype=torch.float32), safety_checker=None, feature_extractor=None,
             vae=AutoencoderKL.from_pretrained(TOY / "sd" / "vae", torch_dtype=torch.float32), scheduler=copy.deepcopy(p.scheduler), tokenizer=tokenizer,
-            text_encoder=CLIPTextModel.from_pretrained(TOY / "sd" / "text_encoder", torch_dtype=torch.float32),
+            text_encoder=CLIPTextModel.from_pretrained(TOY / "sd" / "text_encoder", dtype=torch.float32),
             requires_safety_checker=False).save_pretrained(folder)
         prompts = itertools.cycle((TOY / "prompts_train.txt").read_text().splitlines()[:batch])
         config = AlignPropConfig(train_batch_size=batch, sample_num_steps=steps, sample_guidance_scale=5., truncated_backprop_rand=False,
@@ -358,7 +358,7 @@ def builders(family, tiny):
     if family != "flux":
         parts = random_weights.modules(family, not tiny, len(random_weights.clip_tokenizer(not tiny)))
         width = (random_weights.SMALL if tiny else random_weights.FULL)[family]["unet"]["cross_attention_dim"]
-        return parts, [(77, width), (parts["unet"] and (32 if tiny else 1280),)][:2 if family == "sdxl" else 1]
+        return parts, [(77, width), (32 if tiny else 1280,)][:2 if family == "sdxl" else 1]
     vae = dict(block_out_channels=(8, 8, 16, 16) if tiny else (128, 256, 512, 512), norm_num_groups=4 if tiny else 32, latent_channels=4 if tiny else 16)
     parts = dict(transformer=lambda: FluxTransformer2DModel(**(TINY_FLUX if tiny else FLUX)), vae=lambda: AutoencoderKL(
         **vae, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, scaling_factor=.3611,
@@ -450,7 +450,7 @@ class Clock:
         return watched
 
 
-def measure(name, script, argv, model, reward, detector, images, device, tiny, flops=None):
+def measure(name, script, argv, model, reward, detector, images, device, flops=None):
     """Runs WARM_UP + TIMED updates of a script and prints a row; returns FLOPs of an update, counted in the second one unless given."""
     import common
     module, clock, rows, peak = importlib.import_module(script), Clock(device), [], 0
@@ -498,13 +498,13 @@ class Data:
         return len(self.captions)
 
 
+RATE = [0.]                                                               # TFLOP/s of a large matmul, measured first
+
+
 def report(name, ms, images, flops, peak, phases):
     split = "  ".join(f"{phase} {100 * value / ms:.0f}%" for phase, value in phases.items())
-    print(f"{name:<46}{ms:>9.0f}{images / ms * 1e3:>9.2f}{flops / 1e12:>9.1f}{flops / ms / 1e9:>9.1f}{100 * flops / ms / 1e9 / PEAK[0]:>7.1f}"
+    print(f"{name:<46}{ms:>9.0f}{images / ms * 1e3:>9.2f}{flops / 1e12:>9.1f}{flops / ms / 1e9:>9.1f}{100 * flops / ms / 1e9 / RATE[0]:>7.1f}"
           f"{peak / 2 ** 30:>7.1f}  {split}", flush=True)
-
-
-PEAK = [0.]                                                               # TFLOP/s of a large matmul, measured first
 
 
 def matmul_rate(device, tiny):
@@ -571,9 +571,9 @@ def public(model, text_encoder, reward, images, device, steps, mid, micro=4):
 def cuda(device, tiny, only):
     """Every row makes its model anew, so that no row pays for another's memory."""
     import common
-    PEAK[0] = matmul_rate(device, tiny)
+    RATE[0] = matmul_rate(device, tiny)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, narrow models: these numbers mean nothing" if tiny else "CPU"
-    print(f"{kind}; torch {torch.__version__}; a large bf16 matmul: {PEAK[0]:.3g} TFLOP/s\nmedian of {TIMED} updates after {WARM_UP}; FLOPs are those that "
+    print(f"{kind}; torch {torch.__version__}; a large bf16 matmul: {RATE[0]:.3g} TFLOP/s\nmedian of {TIMED} updates after {WARM_UP}; FLOPs are those that "
           f"run, with what checkpointing runs again\n{'':<46}{'ms':>9}{'images/s':>9}{'TFLOP':>9}{'TFLOP/s':>9}{'MFU %':>7}{'GiB':>7}")
     steps, mid, small = (4, 2, 64) if tiny else (40, 34, None)
     at = ["--num_inference_steps", steps, "--first_mid", mid, "--last_mid", mid, "--reward", "pick"]
@@ -613,7 +613,7 @@ def cuda(device, tiny, only):
             detector = common.Detector(net, 64 if tiny else 512)
         if script != "focus_n_fix":
             reward = random_reward(device, tiny)
-        flops = measure(name, script, [*argv, "--batch_size", images, "--resolution", small or pixels], model, reward, detector, images, device, tiny,
+        flops = measure(name, script, [*argv, "--batch_size", images, "--resolution", small or pixels], model, reward, detector, images, device,
                         flops or 0 if key == "refl_compile" else None)         # counting would break the graphs: those of the row before
         del model, reward, detector
         if device.type == "cuda":
