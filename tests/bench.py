@@ -626,10 +626,12 @@ def main(argv=None):
     parser.add_argument("--pairs", type=int, default=8, help="cpu, sweep, trl: measurements of each")
     parser.add_argument("--device", default="cuda", help="cuda: where to run")
     parser.add_argument("--tiny", action="store_true", help="cuda: narrow models of 64 pixels")
-    parser.add_argument("--only", help="cuda: one row: public, refl, refl_contiguous, refl_compile, sdxl, sdxl_1, imagerefl, flux, focus, dfusion")
+    parser.add_argument("--only", choices=("public", "refl", "refl_contiguous", "refl_compile", "sdxl", "sdxl_1", "imagerefl", "flux", "focus", "dfusion"),
+                        help="cuda: this row alone")
     args = parser.parse_args(argv)
     if args.what == "cuda":
-        cuda(torch.device(args.device), args.tiny, args.only)
+        from common import pick_device
+        cuda(pick_device(args.device), args.tiny, args.only)
     else:
         dict(cpu=cpu, sweep=sweep, trl=trl)[args.what](args.pairs)
 
