@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -361,6 +362,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, bad, tmp_path, monkeypa
                 problems.append((name, flag or IMAGES[name], value, status, told, (tmp_path / "out").exists(), ran.exists()))
     assert not problems, f"{len(problems)} of {count}:\n" + "\n".join(map(str, problems))
     assert tree(root, bad) == before and count > 100
+
+
+def test_config_json_names_the_commit_of_a_hub_model(world, tmp_path, monkeypatch):
+    """Whatever was said, a name or a branch: from a cache in the hub's layout, without a network."""
+    import huggingface_hub.constants as hub
+    root, commit = tmp_path / "models--nobody--tiny", "0123456789abcdef" * 2 + "01234567"
+    shutil.copytree(world[0] / "sd", root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    for name in ("nobody/tiny", "nobody/tiny@main"):
+        assert common.load_model(name, torch.device("cpu")).source == f"nobody/tiny@{commit}"
+    assert run(monkeypatch, refl, put(world[1]["refl"], "--model", "nobody/tiny@main", "--train_steps", 1), tmp_path / "run") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["model"], config["model_source"]) == ("nobody/tiny@main", f"nobody/tiny@{commit}")
 
 
 @pytest.mark.parametrize("content", ["cut", "code", "another", "empty", "shapes"])
