@@ -590,8 +590,8 @@ def cuda(device, tiny, only):
             *(few or ["--num_inference_steps", 5]), "--model", "flux-schnell", "--reward", "pick", "--detector", "x", "--data", "x", "--micro_batch", 1,
             "--checkpointing"]),
         "focus": ("Focus-N-Fix, SD1.5, I0 kept", "sd15", 512, "focus_n_fix", 4, [*few, "--model", "sd15", "--detector", "x", "--pool", 4]),
-        "dfusion": ("D-Fusion: a round of 4 pairs, an update of 5 steps", "sd15", 512, "dfusion_dpo", 8, [
-            "--num_inference_steps", 4 if tiny else 20, "--model", "sd15", "--reward", "pick", "--images_per_prompt", 8, "--inner_epochs", 1,
+        "dfusion": ("D-Fusion: a round of 4 pairs, an update of 5 steps", "sd15", 512, "dfusion_dpo", 4 if tiny else 8, [
+            "--num_inference_steps", 4 if tiny else 20, "--model", "sd15", "--reward", "pick", "--images_per_prompt", 4 if tiny else 8, "--inner_epochs", 1,
             "--train_timesteps", 2 if tiny else 5]),
     }
     flops = None
