@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import kills
 import pytest
@@ -18,10 +17,7 @@ from safetensors.torch import load_file, save_file
 import combined_sample
 import common
 import diffdoctor
-import dfusion_dpo
 import evaluate
-import focus_n_fix
-import imagerefl
 import refl
 from common import TOY, launch
 
