@@ -252,7 +252,8 @@ def imagerefl(out, jobs):
     figure.savefig(out / "trade_off.png", dpi=80)
 
 
-BETAS = dict(heatmap=(0, .5), concept=(0, 1))    # Focus-N-Fix; 0 is DRaFT. Concepts: .5 held too little, 3 too much, in one run each
+BETAS = dict(heatmap=(0, .5), concept=(0, 3))    # Focus-N-Fix; 0 is DRaFT
+CONCEPT_LR = 3e-4                                # at the default 1e-3 DRaFT and beta 1 both end in pictures that no longer show any caption
 CONCEPT = "a red circle", "a blue circle"        # what is unwanted, and its neutral counterpart
 DILATE = 3
 UPDATES, EVERY = 60, 15
@@ -273,7 +274,7 @@ def focus_n_fix(out, jobs):
     out.mkdir(parents=True, exist_ok=True)
     for name, prompts in files.items():
         (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
-    words = dict(heatmap=[], concept=["--concept", *CONCEPT, "--prompts", out / "red_train.txt", "--test_prompts", out / "red_test.txt"])
+    words = dict(heatmap=[], concept=["--concept", *CONCEPT, "--lr", CONCEPT_LR, "--prompts", out / "red_train.txt", "--test_prompts", out / "red_test.txt"])
     prompts = dict(heatmap=out / "test.txt", concept=out / "red_test.txt")
     detector, detector_b = (load_detector(ROOT / "toy" / name, torch.device("cpu")) for name in ("detector", "detector_b"))
     clip = load_reward("toy_clip", torch.device("cpu"))[0]
