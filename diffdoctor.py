@@ -149,7 +149,7 @@ def parse_treat(parser, argv):
     parser.add_argument("--lr", type=float, default=row["lr"], help="learning rate of AdamW")
     parser.add_argument("--lora_rank", type=int, default=row["lora_rank"], help="LoRA rank (alpha = rank); 0 trains the full U-Net")
     parser.add_argument("--init_lora", help="start from this LoRA: DreamBooth's, to be treated (section 4.3)")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, for another forward call in the gradient step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     parser.add_argument("--save_every", type=int, default=row["save_every"], help="updates between snapshots, each with overlays and metrics")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")

@@ -78,7 +78,7 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=float, default=row["lr"], help="learning rate of AdamW")
     parser.add_argument("--lora_rank", type=int, default=row["lora_rank"], help="LoRA rank (alpha = rank); 0 trains the full denoiser")
     parser.add_argument("--init_lora", help="start from this LoRA")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, for another forward call in the gradient step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     parser.add_argument("--save_every", type=int, default=60, help="updates between snapshots, each with a sample grid and held-out reward")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
