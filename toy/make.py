@@ -171,19 +171,19 @@ def make_sd():
     """toy/sd, a folder that StableDiffusionPipeline.from_pretrained opens."""
     unet, text_encoder, tokenizer = train_sd("sd", UNET, *SD_STEPS)
     save_pipeline(StableDiffusionPipeline(vae=load_vae(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
-                                          safety_checker=None, feature_extractor=None, requires_safety_checker=False), "sd")
+                                          safety_checker=None, feature_extractor=None, requires_safety_checker=False), ROOT / "sd")
 
 
 def make_flux():
     """toy/flux, a folder that FluxPipeline.from_pretrained opens."""
-    save_pipeline(flux_model.make_flux(load_vae(), *latents_of_scenes()), "flux")
+    save_pipeline(flux_model.make_flux(load_vae(), *latents_of_scenes()), ROOT / "flux")
 
 
-def save_pipeline(pipe, name):
-    pipe.to(torch.float16).save_pretrained(ROOT / name)
-    path = ROOT / name / "vae" / "config.json"                   # it names the folder it was loaded from: no path of this machine
+def save_pipeline(pipe, folder):
+    pipe.to(torch.float16).save_pretrained(folder)
+    path = folder / "vae" / "config.json"                        # it names the folder it was loaded from: no path of this machine
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "_name_or_path" not in line))
-    for path in (ROOT / name).glob("text_encoder*/config.json"):  # transformers computes in the dtype it finds here, diffusers in fp32: a mixed pipeline
+    for path in folder.glob("text_encoder*/config.json"):        # transformers computes in the dtype it finds here, diffusers in fp32: a mixed pipeline
         path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
