@@ -110,9 +110,9 @@ class Model:
 
 def fetch(source, filename):
     """A local folder or a hub id ("owner/name" or "owner/name@revision") -> the path of one of its files."""
-    if os.path.isdir(source):
-        path = Path(source) / filename
-        return path if path.is_file() else die(f"{source} has no {filename}")
+    if os.path.isdir(source) or os.path.isabs(source):
+        hint = "; build it with python toy/make.py --stages flux" if source == MODELS["toy-flux"] else ""
+        return path if (path := Path(source) / filename).is_file() else die(f"{source} has no {filename}{hint}")
     repo, _, revision = source.partition("@")
     try:
         return Path(hf_hub_download(repo, filename, revision=revision or None))
