@@ -127,7 +127,11 @@ def test_ctrl_c(world, tmp_path, monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
         return step(*args)
     monkeypatch.setattr(refl, "refl_step", interrupted)
-    assert run(monkeypatch, refl, words, tmp_path / "run") == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)              # a shell's background jobs ignore it
+    try:
+        assert run(monkeypatch, refl, words, tmp_path / "run") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     (line,) = said(capsys)
     assert line.startswith("interrupted") and "checkpoint is whole" in line and "--resume" in line
     assert run(monkeypatch, refl, [*words, "--resume"], tmp_path / "run") == 0
