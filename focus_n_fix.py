@@ -25,7 +25,7 @@ No code was released, and only the abstract was at hand, with second-hand summar
   $ python focus_n_fix.py                                       # the toy world, artifacts; minutes on two CPU cores
   $ python focus_n_fix.py --concept "a red star" "a blue star" --beta 3 --lr 3e-4      # the same, one object unwanted
   $ python focus_n_fix.py --model sd14 --prompts captions.txt --detector detector_folder
-  $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --mode tuned --out images
+  $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --mode tuned --out images/focus
 
 Measured (toy, artifacts, 60 updates, three seeds; tests/claims.py focus_n_fix): at equal held-out reward the change outside is .0172, DRaFT's .0297.
 """
