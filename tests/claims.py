@@ -199,13 +199,7 @@ def imagerefl(out, jobs):
                 out, images(out, f"{kind}_{seed}_aig_{g}", "--mode", "aig", "--lora", run, "--base_guidance_scale", g))
     together(jobs, [lambda k=k, s=s: measure(k, s) for k, s in runs if k != "weighted"])
     rows = {name: over_seeds([results[n, s] for n, s in sorted(results) if n == name]) for name in dict.fromkeys(n for n, _ in results)}
-    write_table(out, dict(sorted(rows.items(), key=lambda kv: (kv[0][0] not in "br", kv[0].split(",")[0], len(kv[0]), kv[0]))))
-
-    print("\nImageReFL minus ReFL at the same switch point, paired by training seed: mean (each seed)")
-    for n in BASE_STEPS:
-        a, b = (f"{name} + combined, {n} base steps" for name in ("ImageReFL", "ReFL"))
-        differences = {m: [results[a, s][m] - results[b, s][m] for s in SEEDS] for m in METRICS}
-        print(f"  {n:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in differences.items()))
+    rows = dict(sorted(rows.items(), key=lambda kv: (kv[0][0] not in "br", kv[0].split(",")[0], len(kv[0]), kv[0])))
 
     # ImageReFL goes further in as many updates, and at the paper's weight its diffusion loss hardly holds it. Which snapshot, of either weight, is as
     # diverse as the last of ReFL? Asked on training prompts, seed 0; then compared on held-out ones.
@@ -225,11 +219,16 @@ def imagerefl(out, jobs):
     updates = {k: int(n.removeprefix("step_")) for k, n in chosen.items()}
     later = {f"{kinds[k][0]}, {updates[k]} updates + combined, {b} base steps": over_seeds([equal[k, b, s] for s in SEEDS]) for k, b, _ in cells}
     write_table(out, rows | later)
+
+    def differences(name, base_steps, row_of):
+        """Prints row_of(base_steps, seed) minus the last ReFL's at the same switch point, paired by training seed."""
+        print(f"\n{name}, minus ReFL after {int(snapshots[-1].removeprefix('step_'))} updates: mean (each seed)")
+        for b in base_steps:
+            each = {m: [row_of(b, s)[m] - results[f"ReFL + combined, {b} base steps", s][m] for s in SEEDS] for m in METRICS}
+            print(f"  {b:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in each.items()))
+    differences("ImageReFL after as many updates", BASE_STEPS, lambda b, s: results[f"ImageReFL + combined, {b} base steps", s])
     for k in ("imagerefl", "weighted"):
-        print(f"\n{kinds[k][0]}, {updates[k]} updates, minus ReFL after {int(snapshots[-1].removeprefix('step_'))}, paired: mean (each seed)")
-        for b in BASE_STEPS[2:]:
-            differences = {m: [equal[k, b, s][m] - results[f"ReFL + combined, {b} base steps", s][m] for s in SEEDS] for m in METRICS}
-            print(f"  {b:>2} base steps  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in differences.items()))
+        differences(f"{kinds[k][0]}, {updates[k]} updates", BASE_STEPS[2:], lambda b, s, k=k: equal[k, b, s])
 
     import matplotlib
     matplotlib.use("Agg")

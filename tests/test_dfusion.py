@@ -25,6 +25,7 @@ ROWS = [dict(prompt="a red circle above a blue square", items=["circle", "blue s
 SHORT = ["--num_inference_steps", 4, "--images_per_prompt", 4, "--batch_size", 8, "--micro_batch", 4, "--lora_rank", 4, "--device", "cpu",
          "--reward", "toy_clip"]
 ALL, NONE = ["--adoption_threshold", 9], ["--adoption_threshold", -9]     # random pictures have a cosine below 0: every target passes, or none
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +41,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return load_model(str(folder / "sd_v"), CPU)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(folder, out, *extra, model="sd_v"):

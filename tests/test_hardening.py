@@ -22,6 +22,7 @@ import refl
 from common import TOY, launch
 
 SCRIPTS = kills.SCRIPTS
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,6 @@ def world(tmp_path_factory):
     """(folder, {script: a command line that works})"""
     root = tmp_path_factory.mktemp("hardening")
     return root, kills.world(root)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(monkeypatch, module, words, out=None):

@@ -21,6 +21,7 @@ from refl import linear_loss, refl_step
 CPU = torch.device("cpu")
 few = settings(max_examples=6, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 PROMPTS = ["a red circle", "a blue square above a green circle", "a yellow triangle"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +30,6 @@ def model(tmp_path_factory):
     for p in trainable(model, 4, seed=1):
         p.data += .1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These networks are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
