@@ -80,7 +80,8 @@ def parse_args(argv=None):
     parser.add_argument("--images_per_prompt", type=int, default=row["images_per_prompt"], help="of one prompt in a round, and at once in the denoiser")
     parser.add_argument("--micro_batch", type=int, default=8, help="images per gradient pass, an image being one timestep of one trajectory")
     parser.add_argument("--inner_epochs", type=int, default=row["inner_epochs"], help="updates on a round's pairs")
-    parser.add_argument("--train_timesteps", type=int, default=row.get("train_timesteps"), help="train on so many random timesteps of a pair (all)")
+    parser.add_argument("--trained_steps", help="timesteps that are trained on, counted down to 1, as 14-4 (all); the last ones have the largest log-ratios")
+    parser.add_argument("--train_timesteps", type=int, default=row.get("train_timesteps"), help="so many of them, drawn anew for each pair (all)")
     parser.add_argument("--resolution", type=int, default=row["resolution"], help="pixels")
     parser.add_argument("--num_inference_steps", type=int, default=row["num_inference_steps"], help="sampling steps, in training and after")
     parser.add_argument("--guidance_scale", type=float, default=row["guidance_scale"], help="of the policy, in training and after; 1: none")
@@ -108,6 +109,7 @@ def parse_args(argv=None):
     args = parser.finish(argv, "dfusion_dpo")
     args.test_prompts = getattr(args, "test_prompts", None)
     last = args.num_inference_steps
+    args.trained_steps = args.trained_steps or f"{last}-1"
     args.train_timesteps = args.train_timesteps or last
     if args.naive and (args.fusion_layers or args.fusion_steps):
         parser.error("--naive fuses nothing: --fusion_layers and --fusion_steps have no part in it")
@@ -120,8 +122,10 @@ def parse_args(argv=None):
     if args.inner_epochs < 1 or not 1 <= args.train_timesteps <= last:
         parser.error(f"--inner_epochs {args.inner_epochs} --train_timesteps {args.train_timesteps} --num_inference_steps {last}: "
                      "1 <= train_timesteps <= num_inference_steps, and at least one epoch")
-    if not 1 <= span("fusion_steps", args.fusion_steps)[0] <= span("fusion_steps", args.fusion_steps)[-1] <= last:
-        parser.error(f"--fusion_steps {args.fusion_steps}: timesteps are counted {last} down to 1")
+    for name in ("fusion_steps", "trained_steps"):
+        counted = span(name, getattr(args, name))
+        if not 1 <= counted[0] <= counted[-1] <= last:
+            parser.error(f"--{name} {getattr(args, name)}: timesteps are counted {last} down to 1")
     span("fusion_layers", args.fusion_layers or "0")
     if not (0 < args.beta < math.inf and 0 <= args.kl_weight < math.inf and 1 <= args.guidance_scale < math.inf and args.adoption_threshold < math.inf):
         parser.error(f"--beta {args.beta:g} --kl_weight {args.kl_weight:g} --guidance_scale {args.guidance_scale:g} --adoption_threshold "
@@ -524,10 +528,11 @@ def main(args):
     params = trainable(model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora)
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-8, weight_decay=1e-4, fused=True)
     scheduler, T = make_scheduler(model, "ddim", args.num_inference_steps), args.num_inference_steps
-    counted = span("fusion_steps", args.fusion_steps)                     # T is the first step, 1 the last
-    steps = range(T - counted[-1], T - counted[0] + 1)
+    fused, trained = (span(name, getattr(args, name)) for name in ("fusion_steps", "trained_steps"))
+    steps = range(T - fused[-1], T - fused[0] + 1)                        # T is the first step, 1 the last
     zeros = torch.zeros(T, 1, 1, 1)                                       # without noise (set_alpha_to_one: the last step) nothing to train
     random_steps = ddim_step(scheduler, zeros, scheduler.timesteps, zeros)[1].flatten().nonzero().flatten().tolist()
+    random_steps = [i for i in random_steps if T - i in trained] or die(f"--trained_steps {args.trained_steps}: no noise is added there, nothing to train on")
     sampler = dict(scheduler="ddim", eta=1., num_inference_steps=T, guidance_scale=args.guidance_scale)
     run = Run(args, sampler, model)
     print_settings(args, row_of(PAPER, args.model), params)

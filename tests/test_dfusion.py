@@ -407,6 +407,13 @@ def test_a_step_without_noise_is_not_trained(folder, tmp_path):
     assert rows[1]["log_ratio"][3] is None and all(x > 0 for x in rows[1]["log_ratio"][:3]) and np.isfinite(rows[1]["loss"])
 
 
+def test_trained_steps_are_counted_down_to_1_and_no_other_step_is_trained(folder, tmp_path):
+    rows = test_refl.log_of(train(folder, tmp_path / "run", "--train_steps", 2, "--naive", "--batch_size", 4, "--trained_steps", "3-2"))
+    assert [x is None for x in rows[1]["log_ratio"]] == [True, False, False, True] and rows[1]["margin"] != 0
+    one = test_refl.log_of(train(folder, tmp_path / "one", "--train_steps", 1, "--naive", "--batch_size", 4, "--trained_steps", "3-3"))[0]
+    assert rows[0]["passes"] - one["passes"] == 8                        # 2 pairs, 2 images, guidance: one step less
+
+
 @pytest.mark.parametrize("settings", [["--algo", "dpo"],
                                       ["--algo", "dpok", "--train_timesteps", 2, "--prompts", "prompts.txt", "--test_prompts", "one.txt"]])
 def test_resume_is_exact_also_inside_a_round(folder, tmp_path, settings):
@@ -486,6 +493,7 @@ def test_bad_values(folder, tmp_path, capsys, monkeypatch):
         (["--train_timesteps", 21], ["num_inference_steps 20"]),
         (["--num_inference_steps", 2000, "--train_timesteps", 1], ["at most 500"]),
         (["--fusion_steps", "21-1"], ["20 down to 1"]),
+        (["--trained_steps", "21-3"], ["--trained_steps 21-3", "20 down to 1"]),
         (["--fusion_steps", "18-1-2"], ["18-1-2", "dash"]),
         (["--fusion_layers", "up"], ["up", "3-6"]),
         (["--naive", "--fusion_steps", "18-1"], ["--naive fuses nothing"]),

@@ -25,7 +25,7 @@ WIDTH = 96                                                       # of both text 
 SHAPE = dict(in_channels=16, num_layers=1, num_single_layers=4, attention_head_dim=32, num_attention_heads=4, axes_dims_rope=(4, 14, 14),
              joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=False)
 STEPS = 5                                                        # of sampling
-TEACHER_STEPS, STUDENT_STEPS = (1500, 2200, 6000), 240          # layout; shapes, twice
+TEACHER_STEPS, STUDENT_STEPS = (1500, 2200, 6000, 8000), 240    # layout; shapes, three times
 GUIDANCE, INNER = 3., 4                                          # the student's step is so many of the teacher, with this guidance
 
 
@@ -85,9 +85,9 @@ def train_teacher(transformer, t5, captions, latents, batch=32):
         error = (velocity(transformer, t5, captions, x, sigma, rows) - (noise - x0)).square().mean((1, 2))
         return error.mean(), dict(noisy=error[sigma > .8].mean())
 
-    modules, (layout, shapes, more) = dict(transformer=transformer, t5=t5), TEACHER_STEPS
+    modules, (layout, shapes, more, again) = dict(transformer=transformer, t5=t5), TEACHER_STEPS
     fit("flux", modules, functools.partial(step_fn, shift=2), 5500, lr=2e-3, ema=.999, warmup=200, stop=layout)        # layout is decided in noise
-    for name, steps, lr in (("flux_shapes", shapes, 1.5e-3), ("flux_more", more, 1.2e-3)):
+    for name, steps, lr in (("flux_shapes", shapes, 1.5e-3), ("flux_more", more, 1.2e-3), ("flux_again", again, 1e-3)):
         train_on(modules)
         fit(name, modules, functools.partial(step_fn, shift=1), steps, lr=lr, ema=.999)
 

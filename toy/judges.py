@@ -419,7 +419,7 @@ def mistakes(recipe, count=10240):
     return images, maps
 
 
-def make_detector(name="detector", recipe="a", backbone=None, channels=32, steps=3000, batch=32, seed=50):
+def make_detector(name="detector", recipe="a", backbone=None, channels=32, steps=9000, batch=32, seed=50):
     """toy/detector: where a picture is wrong. UperNet on a small ResNet: a SegFormer of this size learns nothing in minutes, and both come
     through AutoModelForSemanticSegmentation. Per-pixel MSE on soft maps (DiffDoctor, Eq. 1); 40 % of the pictures are clean."""
     torch.manual_seed(seed)
@@ -452,4 +452,4 @@ def make_detector_b():
     """toy/detector_b: the second opinion: other mistakes, another backbone and size, another seed."""
     backbone = ConvNextConfig(num_stages=3, hidden_sizes=[48, 64, 96], depths=[2, 2, 2], patch_size=4, image_size=SIZE, layer_scale_init_value=.1,
                               out_features=["stage1", "stage2", "stage3"])
-    make_detector("detector_b", "b", backbone, 24, 3000, seed=60)
+    make_detector("detector_b", "b", backbone, 24, 9000, seed=60)
