@@ -3,18 +3,22 @@
   $ OMP_NUM_THREADS=1 python tests/claims.py refl --out claims --jobs 2             # 3 training runs and their images
   $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 12 more runs; uses refl's
   $ OMP_NUM_THREADS=1 python tests/claims.py focus_n_fix --out claims --jobs 2      # 12 short runs
-  $ OMP_NUM_THREADS=1 python tests/claims.py dfusion --out claims                   # D-Fusion's pairs; nothing is trained
+  $ OMP_NUM_THREADS=1 python tests/claims.py dfusion --out claims --jobs 2          # pairs, gradients, 21 runs
 
 Writes DIR/<experiment>/table.md, results.json and plots. The training seed is the unit: a figure is the mean over seeds, with the standard
 deviation over seeds behind the sign; held-out prompts and image seeds are the same for every row.
 """
 import argparse
+import contextlib
+import itertools
 import json
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,11 +29,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dfusion_dpo
-from common import generator, load_detector, load_model, load_reward, make_scheduler, save_grid
+from common import (base_model, condition, decode, encode, encode_once, generate, generator, initial_latents, load_detector, load_lora, load_model, load_reward,
+                    make_scheduler, save_grid, save_weights, trainable)
+from diffdoctor import Labelled, detector_metrics, diagnose, offline_loss, overlay, read_labels, stop_reason
 from evaluate import Dino
 from focus_n_fix import THRESHOLD, change, concept_reward, grad_cam, last_norm, problem_mask
+from prompts.coco import image_data
 from toy import oracle
-from toy.scenes import render, sample_scene
+from toy.artifacts import corrupt
+from toy.scenes import COLOURS, RELATIONS, SHAPES, parse_caption, render, sample_scene
 
 SEEDS = (0, 1, 2)
 PROMPTS, IMAGES = 40, 8
@@ -373,13 +381,14 @@ FUSED = {"layers 3-6, steps 18-1 (the paper's)": ("3-6", "18-1"), "layer 3": ("3
          "all layers": ("0-6", "18-1"), "steps 20-1": ("3-6", "20-1"), "steps 18-10": ("3-6", "18-10"), "steps 9-1": ("3-6", "9-1")}
 
 
-def dfusion(out, jobs):
+def dfusion_pairs(out):
     """D-Fusion's pairs on the base model: is a target the base's scene with the reference's item? Do the masks find the items? And Figure 9."""
-    torch.set_num_threads(jobs)
-    out.mkdir(parents=True, exist_ok=True)
+    if (out / "pairs.md").exists():
+        return (out / "pairs.md").read_text().split("\n")
+    torch.set_num_threads(1)
     device = torch.device("cpu")
     model, reward, dino = load_model("toy", device), load_reward("toy_clip", device)[0], Dino(ROOT / "toy" / "dino", device)
-    args = dfusion_dpo.parse_args(["--out", str(out / "unused")])
+    args = dfusion_dpo.parse_args(["--guidance_scale", "5", "--num_inference_steps", "20", "--out", str(out / "unused")])
     scheduler, blocks, scale = make_scheduler(model, "ddim", args.num_inference_steps), dfusion_dpo.attention_blocks(model), args.guidance_scale
     capturing, lines, pictures, N = dfusion_dpo.modules_of(model, [blocks[args.mask_layer]], "attn2"), [], {}, 16
     steps_of = lambda text: range(args.num_inference_steps - max(dfusion_dpo.span("", text)), args.num_inference_steps - min(dfusion_dpo.span("", text)) + 1)
@@ -428,11 +437,433 @@ def dfusion(out, jobs):
         lines.append(f"\nmasks: {area:.1%} of the latent; the objects are {objects:.1%} of the picture, {inside:.1%} of them under the mask")
     save_grid(torch.cat([torch.stack(images) for images in pictures.values()]), out / "pairs.png", columns=2 + len(FUSED))
     Image.open(out / "pairs.png").quantize(256).save(out / "pairs.png", optimize=True)
+    (out / "pairs.md").write_text("\n".join(lines))
+    return lines
+
+
+ALGOS, METHODS = ("dpo", "ddpo", "dpok"), {"fused": (), "naive": ("--naive",)}
+ROUNDS = 16                                      # of 64 images: 8 prompts x 8; two updates each
+DFUSION = ("--num_inference_steps", 10, "--guidance_scale", 1, "--trained_steps", "4-3", "--train_timesteps", 2, "--micro_batch", 32, "--lr", 1e-3,
+           "--train_steps", 2 * ROUNDS, "--save_every", 8)                # where dfusion_gradients finds something to learn
+# lr of 4e-4, 1e-3, 3e-3, tried with seed 0: 1e-3 was the better one, fused and naive
+
+
+def mixed_prompts(out):
+    """Half attributes, half relations: 80 training prompts, 40 unseen ones; returns the file."""
+    file = json.loads((ROOT / "prompts" / "dfusion_toy.json").read_text())
+    both = {part: [row for pair in zip(*(t[part] for t in file.values())) for row in pair] for part in ("train", "test")}
+    both = dict(train=both["train"], test=both["test"][:PROMPTS])
+    assert not {row["prompt"] for row in both["train"]} & set(both["test"])
+    (out / "prompts.json").write_text(json.dumps(dict(both=both)) + "\n")
+    return out / "prompts.json"
+
+
+def dfusion_training(out, jobs):
+    """D-Fusion's Figures 6 and 7: do fused pairs teach more than naive ones, on unseen prompts? And section 4.4's ablation."""
+    prompts, device, sampler = mixed_prompts(out), torch.device("cpu"), dict(scheduler="ddim", eta=1., num_inference_steps=10, guidance_scale=1.)
+    kinds = {f"{algo}, {method}": ("--algo", algo, *words) for algo in ALGOS for method, words in METHODS.items()}
+    kinds["dpo, fused, inverted trajectories"] = ("--algo", "dpo", "--trajectory", "inversion")
+    runs = {(kind, s): out / f"{re.sub(', | ', '_', kind)}_{s}" for s in SEEDS for kind in kinds}
+    together(jobs, [lambda k=k, s=s: train(out, runs[k, s].name, "dfusion_dpo", *DFUSION, *kinds[k], "--seed", s, "--prompts", prompts) for k, s in runs])
+
+    tests = json.loads(prompts.read_text())["both"]["test"]
+    each = [p for p in tests for _ in range(IMAGES)]
+    reward, second, dino = load_reward("toy_clip", device)[0], load_reward("toy_pref_b", device)[0], Dino(ROOT / "toy" / "dino", device)
+
+    @torch.no_grad()
+    def measure(lora):
+        """{metric: (prompts,)}: means over a prompt's images, on seeds that training never saw; lora None is the base model."""
+        done = out / "measured" / f"{lora.parent.parent.name}_{lora.name}.json" if lora else out / "measured" / "base.json"
+        if not done.exists():
+            model = load_model("toy", device)
+            encode_once(model, tests)
+            if lora:
+                trainable(model, 8, init_lora=str(lora))
+            images = generate(model, tests, 1, sampler, IMAGES)
+            f = dino(images).unflatten(0, (-1, IMAGES))
+            parts = zip(images.split(32), [each[i:i + 32] for i in range(0, len(each), 32)])
+            r = torch.cat([torch.stack([reward(x, p), second(x, p)], 1) for x, p in parts]).T
+            rows = dict(toy_correct=torch.tensor([float(oracle.correct(x, p) is True) for x, p in zip(images, each)]),
+                        recognised=torch.tensor([float(oracle.recognised(x, p)) for x, p in zip(images, each)]), toy_clip=r[0], toy_pref_b=r[1])
+            rows = {m: v.unflatten(0, (-1, IMAGES)).mean(1).tolist() for m, v in rows.items()}
+            rows["dino_div"] = ((1 - f @ f.mT).sum((1, 2)) / (IMAGES * (IMAGES - 1))).tolist()
+            done.parent.mkdir(exist_ok=True)
+            done.write_text(json.dumps(rows) + "\n")
+            save_grid(images.unflatten(0, (-1, IMAGES))[:8].flatten(0, 1), done.with_suffix(".png"), columns=IMAGES)
+        return {m: np.array(v) for m, v in json.loads(done.read_text()).items()}
+
+    torch.set_num_threads(1)
+    snapshots = sorted(p.name for p in (runs[next(iter(runs))] / "lora").glob("step_*"))
+    base, change, logs = measure(None), {}, {}
+    for k, s in runs:
+        logs[k, s] = [json.loads(line) for line in (runs[k, s] / "log.jsonl").read_text().splitlines()]
+        for name in snapshots:
+            row = measure(runs[k, s] / "lora" / name)
+            change[k, s, name] = {m: (row[m] - base[m]).mean() for m in base}
+    spread = lambda values: f"{statistics.mean(values):+.4f} ± {statistics.stdev(values):.4f}"
+    lines = ["\nunseen prompts, the change from the base model at the same seeds (" + ", ".join(f"{m} {v.mean():.3f}" for m, v in base.items()) + ")\n",
+             "| | images | passes | adopted | " + " | ".join(base) + " |", "|---|" + "---|" * (3 + len(base))]
+    for name in snapshots:
+        for k in kinds:
+            rows = [[r for r in logs[k, s] if r["step"] <= int(name.removeprefix("step_"))] for s in SEEDS]
+            adopted = [r["adoption"] for part in rows for r in part if "adoption" in r]
+            lines.append(f"| {k} | {rows[0][-1]['images']:,} | {sum(r['passes'] for r in rows[0]):,} | " + (f"{statistics.mean(adopted):.2f}" if adopted else "")
+                         + " | " + " | ".join(spread([change[k, s, name][m] for s in SEEDS]) for m in base) + " |")
+    lines.append("\nfused minus naive, mean (each seed)\n")
+    for name in snapshots:
+        for algo in ALGOS:
+            each_seed = {m: [change[f"{algo}, fused", s, name][m] - change[f"{algo}, naive", s, name][m] for s in SEEDS] for m in base}
+            lines.append(f"  {algo:<5}{name}  " + "  ".join(f"{m} {statistics.mean(d):+.3f} ({' '.join(f'{x:+.3f}' for x in d)})" for m, d in each_seed.items()))
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), constrained_layout=True, sharey="row")
+    for column, algo in zip(axes.T, ALGOS):
+        for method, colour in zip(METHODS, ("tab:blue", "tab:red")):
+            for s in SEEDS:
+                rows = logs[f"{algo}, {method}", s]
+                at = [sum(r["passes"] for r in rows if r["step"] <= n) / 1000 for n in (0, *(int(x.removeprefix("step_")) for x in snapshots))]
+                for axis, m in zip(column, ("toy_clip", "toy_correct")):
+                    axis.plot(at, [0, *(change[f"{algo}, {method}", s, n][m] for n in snapshots)], "o-", color=colour, markersize=3,
+                              label=method if s == SEEDS[0] else None)
+                    axis.set(title=f"{algo}: {m}, change", xlabel="thousand images through the U-Net")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(out / "training.png", dpi=80)
+    return lines
+
+
+def dfusion_gradients(out):
+    """Why: is the gradient of a round the same as that of another, and as the reward's own? The reward's: backpropagated through all of sampling."""
+    torch.set_num_threads(1)
+    lines = ["\nDPO's gradient at the base model, rounds of 64 images: mean cosine between rounds, and to the gradient of the mean reward (± its standard error)\n",
+             "| guidance, steps | t | naive: between rounds | to the reward's | fused: between rounds | to the reward's |", "|---|---|---|---|---|---|"]
+    for scale, T, rounds in ((1, 10, 4), (5, 20, 3)):
+        done = out / f"gradients_{scale}_{T}.json"
+        if not done.exists():
+            args = dfusion_dpo.parse_args(["--guidance_scale", str(scale), "--num_inference_steps", str(T), "--train_timesteps", str(T), "--out", str(out / "unused")])
+            model, reward = load_model("toy", torch.device("cpu")), load_reward("toy_clip", torch.device("cpu"))[0]
+            rows = dfusion_dpo.read_items(args.prompts, "attributes")[0][::5]              # 8 prompts, the same in all rounds
+            encode_once(model, [row["prompt"] for row in rows])
+            params, scheduler, blocks = trainable(model, args.lora_rank), make_scheduler(model, "ddim", T), dfusion_dpo.attention_blocks(model)
+            modules = (dfusion_dpo.modules_of(model, [blocks[args.mask_layer]], "attn2"),
+                       dfusion_dpo.modules_of(model, [b for b in blocks if not b.startswith("down")], "attn1"))
+
+            def take():
+                """The gradient as one vector of length 1."""
+                vector = torch.cat([p.grad.flatten() for p in params])
+                for p in params:
+                    p.grad = None
+                return vector / vector.norm()
+
+            for seed in range(2):                                         # 128 images; only gradients are kept
+                for row in rows:
+                    generators, texts = [generator(seed, "reward", row["prompt"], k) for k in range(8)], [row["prompt"]] * 8
+                    x = initial_latents(model, generators)
+                    for t in scheduler.timesteps:
+                        mu, sigma = dfusion_dpo.ddim_step(scheduler, dfusion_dpo.guided(model, x, t.expand(8), texts, scale), t.expand(8), x)
+                        x = mu + sigma * initial_latents(model, generators)
+                    (-reward(decode(model, x), texts).mean()).backward()
+            truth, found = take(), {}
+            groups = [range(a, min(a + T // 5, T - 1)) for a in range(0, T - 1, T // 5)]
+            for number, naive in itertools.product(range(rounds), (True, False)):
+                args.naive = naive
+                pairs, _ = dfusion_dpo.sample_round(args, model, scheduler, reward, rows, modules, range(T // 10, T), {}, number)
+                for steps in groups:
+                    couples = torch.tensor([(p, i) for p in range(len(pairs.prompts)) for i in steps])
+                    for part in couples.split(16):
+                        (dfusion_dpo.pair_loss(args, model, scheduler, pairs, *part.T)[0] * len(part) / len(couples)).backward()
+                    found.setdefault((steps, naive), []).append(take())
+            table = []
+            for (steps, naive), vectors in found.items():
+                v = torch.stack(vectors)
+                between, to_reward = (v @ v.T)[~torch.eye(rounds, dtype=bool)], v @ truth
+                table.append((scheduler.timesteps[steps].tolist(), naive, between.mean().item(), to_reward.mean().item(), (to_reward.std() / rounds ** .5).item()))
+            done.write_text(json.dumps(table) + "\n")
+        table = json.loads(done.read_text())
+        for (t, _, *naive), (_, _, *fused) in zip(table[::2], table[1::2]):
+            lines.append(f"| {scale}, {T} | {t[0]}" + (f" to {t[-1]}" if len(t) > 1 else "")
+                         + "".join(f" | {a:+.2f} | {b:+.3f} ± {c:.3f}" for a, b, c in (naive, fused)) + " |")
+    return lines
+
+
+def dfusion(out, jobs):
+    """The pairs, the gradients, and the training."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [*dfusion_pairs(out), *dfusion_gradients(out), *dfusion_training(out, jobs)]
     (out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-EXPERIMENTS = dict(refl=refl, imagerefl=imagerefl, focus_n_fix=focus_n_fix, dfusion=dfusion)
+LADDER = dict(human=1500, photos=800, pool=2400, test=400)            # images; DiffDoctor's detector
+DETECTOR_UPDATES = 1000
+TREATED = {  # DiffDoctor's runs: model, measured after so many updates, flags
+    "toy-flux, gamma 0": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", 0),
+    "toy-flux, gamma .25": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", .25),
+    "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 80, 120), "--gamma", 0, "--pixels", "max"),
+    "toy, gamma 0": ("toy", (20, 40), "--gamma", 0),
+    "toy, gamma .25": ("toy", (20, 40), "--gamma", .25),
+    "toy, grad_steps 5, gamma 0": ("toy", (20, 40, 60), "--gamma", 0, "--grad_steps", 5),
+    "toy, grad_steps 5, gamma .25": ("toy", (20, 40, 60), "--gamma", .25, "--grad_steps", 5)}
+INSTANCE, NAVY = "a [v] star", (.06, .14, .45)   # DreamBooth: the tokenizer does not know "[v]"; no star of the toy world is so dark
+INSTANCE_UPDATES, INSTANCE_TREATED = 300, 60
+EACH = 2                                         # images per held-out prompt
+
+
+def labelled_scenes(folder, count, star, other):
+    """`count` scenes of at most one star as a labelled folder, whose images/ is an imagefolder with categories too. `star` and `other`: the shares of
+    scenes with and without one that hold a mistake, in the star if there is one. All but photographs have the marks of a generator (oracle.degrade)."""
+    if (folder / "meta.jsonl").exists():
+        return folder
+    for part in ("images", "maps"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(count):
+        rng, shapes = np.random.default_rng([zlib.crc32(folder.name.encode()), i]), ["star"] * 2
+        while shapes.count("star") > 1:
+            scene = sample_scene(rng)
+            shapes = [o["shape"] for o in scene["objects"]]
+        (image, coverage), confidence, category = render(scene), np.zeros((64, 64)), "star" if "star" in shapes else shapes[0]
+        if rng.random() < (star if category == "star" else other):
+            spot = coverage[shapes.index("star")] if category == "star" else 0 * coverage[0]
+            while not confidence.any() or (confidence * spot).sum() < .2 * spot.sum():
+                image, confidence = corrupt(scene, rng)
+        if folder.name != "photos":
+            image = oracle.degrade(image, rng)
+        rows.append(dict(file_name=f"{i:05d}.png", text=scene["caption"], category=category, source="human",
+                         split="test" if folder.name == "test" else "train"))
+        for part, pixels in (("images", image), ("maps", confidence)):
+            Image.fromarray(np.round(pixels * 255).astype(np.uint8)).save(folder / part / rows[-1]["file_name"])
+    for path in (folder / "images" / "metadata.jsonl", folder / "meta.jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def table(path, rows, digits=2, head=()):
+    """rows: {name: a dict field -> value for each seed}; a markdown table of means and standard deviations, printed and written."""
+    fields = list(next(iter(rows.values()))[0])
+    cell = lambda values: f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    lines = [*head, "| | " + " | ".join(fields) + " |", "|---|" + "---|" * len(fields)]
+    lines += [f"| {name} | " + " | ".join(cell([row[f] for row in of]) for f in fields) + " |" for name, of in rows.items()]
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def ladder(out, jobs):
+    """DiffDoctor's Table 1: what each kind of data adds to a detector whose first labels know no well-formed star."""
+    data = {name: labelled_scenes(out / "data" / name, n, *dict(human=(1, .3), photos=(0, 0)).get(name, (.5, .5))) for name, n in LADDER.items()}
+    photos, pool = data["photos"] / "images", data["pool"] / "images"
+    test, results, named, cpu = Labelled(read_labels([data["test"]], [photos]), 64), {}, {}, torch.device("cpu")
+    fine = [row for row in test.rows if row["source"] == "human" and not np.asarray(Image.open(row["map"])).any()]
+
+    def one(seed):
+        at, results[seed] = out / f"ladder_{seed}", {}
+
+        def detector(name, *folders, real=True):
+            run = at / name.replace(" ", "_")
+            folder, metrics = run / "model" / "detector", run / "metrics.json"
+            if not (folder / "model.safetensors").exists():
+                shutil.rmtree(run, ignore_errors=True)
+                call(out, f"{name}_{seed}", "diffdoctor", "detector", "--data", *folders, *(["--real", photos] if real else []), "--seed", seed,
+                     "--train_steps", DETECTOR_UPDATES, "--save_every", DETECTOR_UPDATES, "--out", run)
+            if not metrics.exists():
+                found = load_detector(folder, cpu)
+                row, means = detector_metrics(found, test, cpu)[0], [(r["category"] == "star", m.mean().item()) for r, m in diagnose(found, fine, cpu)]
+                row |= {f"{k} without a mistake": 100 * statistics.mean(m for s, m in means if s == (k == "stars")) for k in ("stars", "others")}
+                metrics.write_text(json.dumps(row) + "\n")
+            results[seed][name] = json.loads(metrics.read_text())
+            return folder
+
+        def step(command, folder, *words):
+            call(out, f"{command}_{seed}_{folder.name}", "diffdoctor", command, *words, "--out", folder,
+                 done=folder / ("scores.jsonl" if command == "score" else "meta.jsonl"))
+        for name, first in (("previous", detector("previous labels", data["human"], real=False)), ("photographs", detector("+ photographs", data["human"]))):
+            step("score", at / f"scores_{name}", "--detector", first, "--images", pool)
+            scores = [json.loads(line) for line in (at / f"scores_{name}" / "scores.jsonl").read_text().splitlines()]
+            means = {c: statistics.mean(r["mean"] for r in scores if r["category"] == c) for c in SHAPES}
+            named[seed, name] = ", ".join({r["category"] for r in scores if r["abnormal"]}) or "none", means["star"] / sorted(means.values())[1]
+        step("export_hard", at / "hard", "--detector", first, "--images", pool, "--scores", at / "scores_photographs", "--categories", "star",
+             "--max_images", 400)
+        for row in map(json.loads, (at / "hard" / "meta.jsonl").read_text().splitlines()):              # the person, who knows the truth
+            shutil.copy(data["pool"] / "maps" / row["original"], at / "hard" / "maps" / row["file_name"])
+        step("import_labels", at / "labelled", "--labels", at / "hard")
+        second = detector("+ hard cases", data["human"], at / "labelled")
+        step("pseudo", at / "pseudo", "--detector", second, "--images", pool, "--exclude", at / "hard")
+        detector("+ pseudo labels", data["human"], at / "labelled", at / "pseudo")
+
+    together(jobs, [lambda s=s: one(s) for s in SEEDS])
+    head = [f"abnormal, by the detector of {n}: " + "; ".join(f"{named[s, n][0]} (stars {named[s, n][1]:.2f} times the median)" for s in SEEDS)
+            for n in ("previous", "photographs")]
+    table(out / "ladder.md", {name: [results[s][name] for s in SEEDS] for name in results[SEEDS[0]]}, 3, [*head, ""])
+
+
+class Judges:
+    """What DiffDoctor's tables hold of images (N, 3, H, W) of `prompts`, EACH of each; confidences in percent, before: the images of equal seeds."""
+
+    def __init__(self):
+        cpu = torch.device("cpu")
+        self.detectors = {name: load_detector(ROOT / "toy" / name, cpu) for name in ("detector", "detector_b")}
+        self.pref, self.dino = load_reward(f"toy_pref:{ROOT / 'toy' / 'pref_b'}", cpu)[0], Dino(ROOT / "toy" / "dino", cpu)
+
+    @torch.no_grad()
+    def __call__(self, images, prompts, before):
+        prompts, parts, row = [p for p in prompts for _ in range(EACH)], [slice(i, i + 32) for i in range(0, len(images), 32)], {}
+        for name, detector in self.detectors.items():
+            maps = torch.cat([detector(images[p]) for p in parts])
+            row |= {f"{name} mean": 100 * maps.mean().item(), f"{name} max": 100 * maps.flatten(1).amax(1).mean().item()}
+        features = torch.cat([self.dino(images[p]) for p in parts]).unflatten(0, (-1, EACH))
+        things = [[o for o in oracle.read(x) if o["area"] * oracle.SIZE ** 2 >= oracle.NOTABLE] for x in images]
+        wanted, mean = [len(parse_caption(p)[0]) for p in prompts], lambda values: statistics.mean(map(float, values))
+        return row | {"toy_correct": mean(oracle.correct(x, p) is True for x, p in zip(images, prompts)),
+                      "recognised": mean(oracle.recognised(x, p) for x, p in zip(images, prompts)),
+                      "toy_pref_b": torch.cat([self.pref(images[p], prompts[p]) for p in parts]).mean().item(),
+                      "dino_div": ((1 - features @ features.transpose(1, 2)).sum((1, 2)) / (EACH) / (EACH - 1)).mean().item(),
+                      "too few": mean(len(t) < n for t, n in zip(things, wanted)), "too many": mean(len(t) > n for t, n in zip(things, wanted)),
+                      "area": 100 * mean(sum(o["area"] for o in t) for t in things),
+                      "drift": ((images - before).abs().mean() / (before - before.roll(1, 0)).abs().mean()).item()}
+
+
+def treated(out, jobs):
+    """DiffDoctor's Table 2 and Figures 4 and 5: artifacts for both detectors, captions and quality over long training."""
+    prompts, judges, models, results = held_out_prompts(out).read_text().splitlines(), Judges(), {}, {}
+    (out / "measured").mkdir(exist_ok=True)
+
+    def run_of(name, seed):
+        return out / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+
+    def measured(name, seed, step):
+        """Images of a snapshot and what the judges say, made once."""
+        run, kind = run_of(name, seed), TREATED[name][0]
+        path = out / "measured" / (f"{run.name}_{step:06d}.pt" if step else f"{kind}_before.pt")
+        if not path.exists():
+            if kind not in models:
+                models[kind] = load_model(kind, torch.device("cpu"))
+                encode_once(models[kind], prompts)
+                trainable(models[kind], 8)
+            if step:
+                load_lora(models[kind], run / "lora" / f"step_{step:06d}")
+            with contextlib.nullcontext() if step else base_model(models[kind]):
+                images = generate(models[kind], prompts, 0, json.loads((run / "config.json").read_text())["sampler"], EACH)
+            torch.save((images, judges(images, prompts, measured(name, seed, 0)[0] if step else images)), path)
+        return torch.load(path)
+
+    def one(name, seed):
+        kind, steps, *words = TREATED[name]
+        run = train(out, run_of(name, seed).name, "diffdoctor", "treat", "--model", kind, "--seed", seed, "--train_steps", steps[-1], "--save_every", steps[0],
+                    "--patience", steps[-1], "--max_drift", 1e6, *words)
+        log = [row for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "test_mean" in row]
+        history = [(float("inf"), 0.)] + [(row["test_mean"], row["test_drift"]) for row in log]           # the script's own rule, at its defaults
+        end = next((i for i in range(1, len(history)) if stop_reason(history[:i + 1], 3, .5)), len(log))
+        chosen = min([row for row in log[:end] if row["test_drift"] <= .5], key=lambda row: row["test_mean"], default=dict(step=0))["step"]
+        each = {step: measured(name, seed, step)[1] for step in sorted({0, chosen, *steps})}
+        results[name, seed] = chosen, {step: r | {"mean / area": r["detector mean"] / max(r["area"], .1)} for step, r in each.items()}
+
+    torch.set_num_threads(1)
+    rows = {}
+    for name, (kind, steps, *_) in TREATED.items():                    # one at a time: models and judges are shared
+        for seed in SEEDS:
+            one(name, seed)
+        rows[f"{kind}, before"] = [results[name, SEEDS[0]][1][0]]
+        for step in steps:
+            rows[f"{name}: {step} updates"] = [results[name, s][1][step] for s in SEEDS]
+        found = [results[name, s] for s in SEEDS]
+        rows[f"{name}: where the script stops ({', '.join(str(chosen) for chosen, _ in found)})"] = [each[chosen] for chosen, each in found]
+        table(out / "treated.md", rows)
+    (out / "treated.json").write_text(json.dumps({f"{n}, seed {s}": r for (n, s), r in results.items()}, indent=1) + "\n")
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    shown = ("detector mean", "detector_b mean", "toy_correct", "toy_pref_b", "drift")
+    figure, axes = plt.subplots(2, len(shown), figsize=(3 * len(shown), 5), constrained_layout=True)
+    for row, kind in zip(axes, ("toy-flux", "toy, grad_steps 5")):
+        for axis, field in zip(row, shown):
+            for name, colour in zip([n for n in TREATED if n.startswith(kind)], ("tab:red", "tab:blue", "tab:green")):
+                for s in SEEDS:
+                    chosen, curve = results[name, s]
+                    axis.plot(list(curve), [r[field] for r in curve.values()], color=colour, alpha=.7, label=name.removeprefix(f"{kind}, ") if s == SEEDS[0] else None)
+                    axis.plot(chosen, curve[chosen][field], "o", color=colour, markersize=4)
+            axis.set(title=field + ", %" * ("detector" in field), xlabel=f"updates of {kind}")
+        row[0].legend(fontsize=7)
+    figure.savefig(out / "over_updates.png", dpi=70)
+    for kind, names in {"toy-flux": list(TREATED)[:2], "toy": list(TREATED)[-2:]}.items():
+        columns = [(names[0], 0), *((n, TREATED[n][1][k]) for k in (0, -1) for n in names)]
+        sets = [measured(n, SEEDS[0], step)[0][::3 * EACH] for n, step in columns]                      # one image of every third prompt
+        sets = [x for images in sets for x in (images, overlay(images, judges.detectors["detector"](images)))]
+        save_grid(torch.stack([x for row in zip(*sets) for x in row]), out / f"treated_{kind}.png", columns=len(sets))
+    for path in out.glob("*.png"):
+        Image.open(path).quantize(256).save(path, optimize=True)
+
+
+def dreambooth(out, jobs):
+    """DiffDoctor's section 4.3: a LoRA that has learned one thing from six pictures is treated; is the thing still there in unseen prompts?"""
+    others = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES if shape != "star"]
+    unseen = [f"{a} {RELATIONS[i % 2]} {b}" for i, o in enumerate(others) for a, b in ((INSTANCE, o), (o, INSTANCE))]
+    classes = [p for p in (ROOT / "toy" / "prompts_train.txt").read_text().splitlines() if "star" in p]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, prompts in dict(instance=[INSTANCE] * len(classes) + classes, unseen=unseen).items():
+        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    scenes = [sample_scene(np.random.default_rng([7, i]), "a blue star") for i in range(6)]
+    pictures = [torch.from_numpy(render(dict(s, objects=[dict(s["objects"][0], rgb=np.array(NAVY))]))[0]).permute(2, 0, 1) for s in scenes]
+    prior = [(x, caption) for x, caption in image_data(ROOT / "toy" / "images", 64) if "star" in caption]
+    cpu, judges, results, plain = torch.device("cpu"), Judges(), [], [p.replace("[v]", "blue") for p in unseen]
+    sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=20, guidance_scale=1.)
+    torch.set_num_threads(1)
+
+    def learn(folder, seed):
+        """DreamBooth with prior preservation: half of a batch the instance, half other stars."""
+        model = load_model("toy", cpu)
+        encode_once(model, [INSTANCE, *(caption for _, caption in prior)])
+        optimizer, scheduler = torch.optim.AdamW(trainable(model, 8, seed), lr=1e-3), make_scheduler(model, "ddpm", 20)
+        for step in range(INSTANCE_UPDATES):
+            draw = generator(seed, "dreambooth", step)
+            batch = [(pictures[i], INSTANCE) for i in torch.randint(len(pictures), (4,), generator=draw)]
+            images, captions = zip(*batch, *(prior[i] for i in torch.randint(len(prior), (4,), generator=draw)))
+            x0 = encode(model, torch.stack(images))
+            noise, t = torch.randn(x0.shape, generator=draw), torch.randint(1000, (len(x0),), generator=draw)
+            offline_loss(model, scheduler, x0, noise, t, condition(model, list(captions))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        save_weights(model, folder, 8)
+
+    def instance(images):
+        """The share of images with a thing whose middle is within .15 of the instance's colour (rms over RGB; the blue of the palette is .28 away)."""
+        middles = [[x[:, max(i - 2, 0):i + 3, max(j - 2, 0):j + 3].mean((1, 2)) for i, j in ((int(64 * o["y"]), int(64 * o["x"])) for o in oracle.read(x))]
+                   for x in images]
+        return statistics.mean(float(any((c - torch.tensor(NAVY)).square().mean().sqrt() < .15 for c in each)) for each in middles)
+
+    for seed in SEEDS:
+        lora, measured = out / f"instance_{seed}", out / f"measured_{seed}.pt"
+        if not (lora / "pytorch_lora_weights.safetensors").exists():
+            learn(lora, seed)
+        run = train(out, f"run_{seed}", "diffdoctor", "treat", "--grad_steps", 5, "--init_lora", lora, "--gamma", 0, "--prompts", out / "instance.txt",
+                    "--test_prompts", out / "unseen.txt", "--seed", seed, "--train_steps", INSTANCE_TREATED, "--save_every", INSTANCE_TREATED // 2,
+                    "--patience", INSTANCE_TREATED, "--max_drift", 1e6)
+        if not measured.exists():
+            model = load_model("toy", cpu)
+            encode_once(model, unseen + plain)
+            trainable(model, 8)
+            sets = {'before DreamBooth, "blue" for "[v]"': generate(model, plain, 0, sampler, EACH)}
+            snapshots = {f"treated, {n} updates": run / "lora" / f"step_{n:06d}" for n in (INSTANCE_TREATED // 2, INSTANCE_TREATED)}
+            for name, path in {"DreamBooth": lora, **snapshots}.items():
+                load_lora(model, path)
+                sets[name] = generate(model, unseen, 0, sampler, EACH)
+            torch.save((sets, {n: judges(x, plain, sets["DreamBooth"]) | dict(instance=instance(x)) for n, x in sets.items()}), measured)
+        results.append(torch.load(measured))
+    table(out / "dreambooth.md", {name: [rows[name] for _, rows in results] for name in results[0][1]})
+    shown = [images[::4 * EACH] for images in results[0][0].values()]
+    save_grid(torch.cat([torch.stack(pictures), torch.ones(len(shown[0]) - 6, 3, 64, 64), *shown]), out / "dreambooth.png", columns=len(shown[0]))
+    Image.open(out / "dreambooth.png").quantize(256).save(out / "dreambooth.png", optimize=True)
+
+
+def diffdoctor(out, jobs):
+    """The detectors' ladder, the treatment, and a treated DreamBooth."""
+    ladder(out, jobs)
+    treated(out, jobs)
+    dreambooth(out / "dreambooth", jobs)
+
+
+EXPERIMENTS = dict(refl=refl, imagerefl=imagerefl, focus_n_fix=focus_n_fix, dfusion=dfusion, diffdoctor=diffdoctor)
 
 
 def main():
