@@ -47,7 +47,7 @@ def test_opens_with_stock_diffusers_in_one_dtype_and_is_small(folder):
 
 def test_a_killed_build_goes_on(folder):
     """Every part of the training has left its checkpoint."""
-    assert {p.stem for p in (folder.parent / "work").iterdir()} == {"flux", "flux_shapes", "flux_more", "flux_student"}
+    assert {p.stem for p in (folder.parent / "work").iterdir()} == {"flux", "flux_shapes", "flux_more", "flux_again", "flux_student"}
 
 
 def test_sample_equals_flux_pipeline(folder):
