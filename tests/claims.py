@@ -4,6 +4,7 @@
   $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 12 more runs; uses refl's
   $ OMP_NUM_THREADS=1 python tests/claims.py focus_n_fix --out claims --jobs 2      # 12 short runs
   $ OMP_NUM_THREADS=1 python tests/claims.py dfusion --out claims --jobs 2          # pairs, gradients, 21 runs
+  $ OMP_NUM_THREADS=1 python tests/claims.py diffdoctor --out claims                # 12 detectors, 24 treatments, 3 DreamBooths
 
 Writes DIR/<experiment>/table.md, results.json and plots. The training seed is the unit: a figure is the mean over seeds, with the standard
 deviation over seeds behind the sign; held-out prompts and image seeds are the same for every row.
@@ -29,8 +30,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dfusion_dpo
-from common import (base_model, condition, decode, encode, encode_once, generate, generator, initial_latents, load_detector, load_lora, load_model, load_reward,
-                    make_scheduler, save_grid, save_weights, trainable)
+from common import (base_model, condition, decode, encode, encode_once, generate, generator, initial_latents, load_detector, load_lora, load_model,
+                    load_reward, make_scheduler, save_grid, save_weights, trainable)
 from diffdoctor import Labelled, detector_metrics, diagnose, offline_loss, overlay, read_labels, stop_reason
 from evaluate import Dino
 from focus_n_fix import THRESHOLD, change, concept_reward, grad_cam, last_norm, problem_mask
@@ -601,10 +602,11 @@ TREATED = {  # DiffDoctor's runs: model, measured after so many updates, flags
     "toy-flux, gamma 0": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", 0),
     "toy-flux, gamma .25": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", .25),
     "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 80, 120), "--gamma", 0, "--pixels", "max"),
+    "toy-flux, gamma 0, grad_steps 5": ("toy-flux", (40, 80, 120), "--gamma", 0, "--grad_steps", 5),
     "toy, gamma 0": ("toy", (20, 40), "--gamma", 0),
     "toy, gamma .25": ("toy", (20, 40), "--gamma", .25),
-    "toy, grad_steps 5, gamma 0": ("toy", (20, 40, 60), "--gamma", 0, "--grad_steps", 5),
-    "toy, grad_steps 5, gamma .25": ("toy", (20, 40, 60), "--gamma", .25, "--grad_steps", 5)}
+    "toy, gamma 0, grad_steps 5": ("toy", (20, 40, 60), "--gamma", 0, "--grad_steps", 5),
+    "toy, gamma .25, grad_steps 5": ("toy", (20, 40, 60), "--gamma", .25, "--grad_steps", 5)}
 INSTANCE, NAVY = "a [v] star", (.06, .14, .45)   # DreamBooth: the tokenizer does not know "[v]"; no star of the toy world is so dark
 INSTANCE_UPDATES, INSTANCE_TREATED = 300, 60
 EACH = 2                                         # images per held-out prompt
@@ -774,21 +776,22 @@ def treated(out, jobs):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shown = ("detector mean", "detector_b mean", "toy_correct", "toy_pref_b", "drift")
+    shown = ("detector mean", "detector_b mean", "toy_correct", "too few", "drift")
     figure, axes = plt.subplots(2, len(shown), figsize=(3 * len(shown), 5), constrained_layout=True)
-    for row, kind in zip(axes, ("toy-flux", "toy, grad_steps 5")):
+    for row, kind in zip(axes, ("toy-flux", "toy")):
         for axis, field in zip(row, shown):
-            for name, colour in zip([n for n in TREATED if n.startswith(kind)], ("tab:red", "tab:blue", "tab:green")):
+            for name, colour in zip([n for n in TREATED if TREATED[n][0] == kind], ("tab:red", "tab:blue", "tab:green", "tab:orange")):
                 for s in SEEDS:
                     chosen, curve = results[name, s]
-                    axis.plot(list(curve), [r[field] for r in curve.values()], color=colour, alpha=.7, label=name.removeprefix(f"{kind}, ") if s == SEEDS[0] else None)
+                    label = name.removeprefix(f"{kind}, ") if s == SEEDS[0] else None
+                    axis.plot(list(curve), [r[field] for r in curve.values()], color=colour, alpha=.7, label=label)
                     axis.plot(chosen, curve[chosen][field], "o", color=colour, markersize=4)
             axis.set(title=field + ", %" * ("detector" in field), xlabel=f"updates of {kind}")
         row[0].legend(fontsize=7)
     figure.savefig(out / "over_updates.png", dpi=70)
     for kind, names in {"toy-flux": list(TREATED)[:2], "toy": list(TREATED)[-2:]}.items():
         columns = [(names[0], 0), *((n, TREATED[n][1][k]) for k in (0, -1) for n in names)]
-        sets = [measured(n, SEEDS[0], step)[0][::3 * EACH] for n, step in columns]                      # one image of every third prompt
+        sets = [measured(n, SEEDS[0], step)[0][::4 * EACH] for n, step in columns]                      # one image of every fourth prompt
         sets = [x for images in sets for x in (images, overlay(images, judges.detectors["detector"](images)))]
         save_grid(torch.stack([x for row in zip(*sets) for x in row]), out / f"treated_{kind}.png", columns=len(sets))
     for path in out.glob("*.png"):
