@@ -30,8 +30,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dfusion_dpo
-from common import (base_model, condition, decode, encode, encode_once, generate, generator, initial_latents, load_detector, load_lora, load_model,
-                    load_reward, make_scheduler, save_grid, save_weights, trainable)
+from common import (base_model, condition, decode, encode, encode_once, generate, generator, initial_latents, load_detector, load_lora, load_model, load_reward,
+                    make_scheduler, save_grid, save_weights, trainable)
 from diffdoctor import Labelled, detector_metrics, diagnose, offline_loss, overlay, read_labels, stop_reason
 from evaluate import Dino
 from focus_n_fix import THRESHOLD, change, concept_reward, grad_cam, last_norm, problem_mask
@@ -444,6 +444,7 @@ def dfusion_pairs(out):
 
 ALGOS, METHODS = ("dpo", "ddpo", "dpok"), {"fused": (), "naive": ("--naive",)}
 ROUNDS = 16                                      # of 64 images: 8 prompts x 8; two updates each
+UNSEEN = 16                                      # images of an unseen prompt
 DFUSION = ("--num_inference_steps", 10, "--guidance_scale", 1, "--trained_steps", "4-3", "--train_timesteps", 2, "--micro_batch", 32, "--lr", 1e-3,
            "--train_steps", 2 * ROUNDS, "--save_every", 8)                # where dfusion_gradients finds something to learn
 # lr of 4e-4, 1e-3, 3e-3, tried with seed 0: 1e-3 was the better one, fused and naive
@@ -468,7 +469,7 @@ def dfusion_training(out, jobs):
     together(jobs, [lambda k=k, s=s: train(out, runs[k, s].name, "dfusion_dpo", *DFUSION, *kinds[k], "--seed", s, "--prompts", prompts) for k, s in runs])
 
     tests = json.loads(prompts.read_text())["both"]["test"]
-    each = [p for p in tests for _ in range(IMAGES)]
+    each = [p for p in tests for _ in range(UNSEEN)]
     reward, second, dino = load_reward("toy_clip", device)[0], load_reward("toy_pref_b", device)[0], Dino(ROOT / "toy" / "dino", device)
 
     @torch.no_grad()
@@ -480,21 +481,21 @@ def dfusion_training(out, jobs):
             encode_once(model, tests)
             if lora:
                 trainable(model, 8, init_lora=str(lora))
-            images = generate(model, tests, 1, sampler, IMAGES)
-            f = dino(images).unflatten(0, (-1, IMAGES))
+            images = generate(model, tests, 1, sampler, UNSEEN)
+            f = dino(images).unflatten(0, (-1, UNSEEN))
             parts = zip(images.split(32), [each[i:i + 32] for i in range(0, len(each), 32)])
             r = torch.cat([torch.stack([reward(x, p), second(x, p)], 1) for x, p in parts]).T
             rows = dict(toy_correct=torch.tensor([float(oracle.correct(x, p) is True) for x, p in zip(images, each)]),
                         recognised=torch.tensor([float(oracle.recognised(x, p)) for x, p in zip(images, each)]), toy_clip=r[0], toy_pref_b=r[1])
-            rows = {m: v.unflatten(0, (-1, IMAGES)).mean(1).tolist() for m, v in rows.items()}
-            rows["dino_div"] = ((1 - f @ f.mT).sum((1, 2)) / (IMAGES * (IMAGES - 1))).tolist()
+            rows = {m: v.unflatten(0, (-1, UNSEEN)).mean(1).tolist() for m, v in rows.items()}
+            rows["dino_div"] = ((1 - f @ f.mT).sum((1, 2)) / (UNSEEN * (UNSEEN - 1))).tolist()
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(rows) + "\n")
-            save_grid(images.unflatten(0, (-1, IMAGES))[:8].flatten(0, 1), done.with_suffix(".png"), columns=IMAGES)
+            save_grid(images.unflatten(0, (-1, UNSEEN))[:8].flatten(0, 1), done.with_suffix(".png"), columns=UNSEEN)
         return {m: np.array(v) for m, v in json.loads(done.read_text()).items()}
 
     torch.set_num_threads(1)
-    snapshots = sorted(p.name for p in (runs[next(iter(runs))] / "lora").glob("step_*"))
+    snapshots = sorted(p.name for p in (runs[next(iter(runs))] / "lora").glob("step_*"))[1::2]
     base, change, logs = measure(None), {}, {}
     for k, s in runs:
         logs[k, s] = [json.loads(line) for line in (runs[k, s] / "log.jsonl").read_text().splitlines()]
@@ -559,7 +560,7 @@ def dfusion_gradients(out):
 
             for seed in range(2):                                         # 128 images; only gradients are kept
                 for row in rows:
-                    generators, texts = [generator(seed, "reward", row["prompt"], k) for k in range(8)], [row["prompt"]] * 8
+                    generators, texts = [generator(seed, "true", row["prompt"], k) for k in range(8)], [row["prompt"]] * 8
                     x = initial_latents(model, generators)
                     for t in scheduler.timesteps:
                         mu, sigma = dfusion_dpo.ddim_step(scheduler, dfusion_dpo.guided(model, x, t.expand(8), texts, scale), t.expand(8), x)
@@ -603,11 +604,11 @@ TREATED = {  # DiffDoctor's runs: model, measured after so many updates, flags
     "toy-flux, gamma .25": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", .25),
     "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 80, 120), "--gamma", 0, "--pixels", "max"),
     "toy-flux, gamma 0, grad_steps 5": ("toy-flux", (40, 80, 120), "--gamma", 0, "--grad_steps", 5),
-    "toy, gamma 0": ("toy", (20, 40), "--gamma", 0),
-    "toy, gamma .25": ("toy", (20, 40), "--gamma", .25),
+    "toy, gamma 0": ("toy", (20, 40), "--gamma", 0, "--grad_steps", 1),
+    "toy, gamma .25": ("toy", (20, 40), "--gamma", .25, "--grad_steps", 1),
     "toy, gamma 0, grad_steps 5": ("toy", (20, 40, 60), "--gamma", 0, "--grad_steps", 5),
     "toy, gamma .25, grad_steps 5": ("toy", (20, 40, 60), "--gamma", .25, "--grad_steps", 5)}
-INSTANCE, NAVY = "a [v] star", (.06, .14, .45)   # DreamBooth: the tokenizer does not know "[v]"; no star of the toy world is so dark
+INSTANCE, MAROON = "a [v] star", (.45, .07, .08) # DreamBooth: "[v]" is unknown to the tokenizer; no red of the toy world is so dark
 INSTANCE_UPDATES, INSTANCE_TREATED = 300, 60
 EACH = 2                                         # images per held-out prompt
 
@@ -795,7 +796,7 @@ def treated(out, jobs):
         sets = [x for images in sets for x in (images, overlay(images, judges.detectors["detector"](images)))]
         save_grid(torch.stack([x for row in zip(*sets) for x in row]), out / f"treated_{kind}.png", columns=len(sets))
     for path in out.glob("*.png"):
-        Image.open(path).quantize(256).save(path, optimize=True)
+        Image.open(path).convert("RGB").quantize(256, kmeans=1).save(path, optimize=True)
 
 
 def dreambooth(out, jobs):
@@ -806,10 +807,10 @@ def dreambooth(out, jobs):
     out.mkdir(parents=True, exist_ok=True)
     for name, prompts in dict(instance=[INSTANCE] * len(classes) + classes, unseen=unseen).items():
         (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
-    scenes = [sample_scene(np.random.default_rng([7, i]), "a blue star") for i in range(6)]
-    pictures = [torch.from_numpy(render(dict(s, objects=[dict(s["objects"][0], rgb=np.array(NAVY))]))[0]).permute(2, 0, 1) for s in scenes]
+    scenes = [sample_scene(np.random.default_rng([7, i]), "a red star") for i in range(6)]
+    pictures = [torch.from_numpy(render(dict(s, objects=[dict(s["objects"][0], rgb=np.array(MAROON))]))[0]).permute(2, 0, 1) for s in scenes]
     prior = [(x, caption) for x, caption in image_data(ROOT / "toy" / "images", 64) if "star" in caption]
-    cpu, judges, results, plain = torch.device("cpu"), Judges(), [], [p.replace("[v]", "blue") for p in unseen]
+    cpu, judges, results, plain = torch.device("cpu"), Judges(), [], [p.replace("[v]", "red") for p in unseen]
     sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=20, guidance_scale=1.)
     torch.set_num_threads(1)
 
@@ -830,10 +831,11 @@ def dreambooth(out, jobs):
         save_weights(model, folder, 8)
 
     def instance(images):
-        """The share of images with a thing whose middle is within .15 of the instance's colour (rms over RGB; the blue of the palette is .28 away)."""
+        """The share of images with a thing whose middle is nearer to the instance's colour than to any of the palette's, in RGB."""
+        colours = torch.tensor([MAROON, *COLOURS.values()])
         middles = [[x[:, max(i - 2, 0):i + 3, max(j - 2, 0):j + 3].mean((1, 2)) for i, j in ((int(64 * o["y"]), int(64 * o["x"])) for o in oracle.read(x))]
                    for x in images]
-        return statistics.mean(float(any((c - torch.tensor(NAVY)).square().mean().sqrt() < .15 for c in each)) for each in middles)
+        return statistics.mean(float(any((colours - c).square().sum(1).argmin() == 0 for c in each)) for each in middles)
 
     for seed in SEEDS:
         lora, measured = out / f"instance_{seed}", out / f"measured_{seed}.pt"
@@ -846,7 +848,7 @@ def dreambooth(out, jobs):
             model = load_model("toy", cpu)
             encode_once(model, unseen + plain)
             trainable(model, 8)
-            sets = {'before DreamBooth, "blue" for "[v]"': generate(model, plain, 0, sampler, EACH)}
+            sets = {'before DreamBooth, "red" for "[v]"': generate(model, plain, 0, sampler, EACH)}
             snapshots = {f"treated, {n} updates": run / "lora" / f"step_{n:06d}" for n in (INSTANCE_TREATED // 2, INSTANCE_TREATED)}
             for name, path in {"DreamBooth": lora, **snapshots}.items():
                 load_lora(model, path)
@@ -856,7 +858,7 @@ def dreambooth(out, jobs):
     table(out / "dreambooth.md", {name: [rows[name] for _, rows in results] for name in results[0][1]})
     shown = [images[::4 * EACH] for images in results[0][0].values()]
     save_grid(torch.cat([torch.stack(pictures), torch.ones(len(shown[0]) - 6, 3, 64, 64), *shown]), out / "dreambooth.png", columns=len(shown[0]))
-    Image.open(out / "dreambooth.png").quantize(256).save(out / "dreambooth.png", optimize=True)
+    Image.open(out / "dreambooth.png").quantize(256, kmeans=1).save(out / "dreambooth.png", optimize=True)
 
 
 def diffdoctor(out, jobs):
