@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dfusion_dpo
 from common import (base_model, condition, decode, encode, encode_once, generate, generator, initial_latents, load_detector, load_lora, load_model, load_reward,
-                    make_scheduler, save_grid, save_weights, trainable)
+                    make_scheduler, save_grid, save_weights, to_pil, trainable)
 from diffdoctor import Labelled, detector_metrics, diagnose, offline_loss, overlay, read_labels, stop_reason
 from evaluate import Dino
 from focus_n_fix import THRESHOLD, change, concept_reward, grad_cam, last_norm, problem_mask
@@ -444,7 +444,7 @@ def dfusion_pairs(out):
 
 ALGOS, METHODS = ("dpo", "ddpo", "dpok"), {"fused": (), "naive": ("--naive",)}
 ROUNDS = 16                                      # of 64 images: 8 prompts x 8; two updates each
-UNSEEN = 16                                      # images of an unseen prompt
+UNSEEN = 8                                       # images of an unseen prompt
 DFUSION = ("--num_inference_steps", 10, "--guidance_scale", 1, "--trained_steps", "4-3", "--train_timesteps", 2, "--micro_batch", 32, "--lr", 1e-3,
            "--train_steps", 2 * ROUNDS, "--save_every", 8)                # where dfusion_gradients finds something to learn
 # lr of 4e-4, 1e-3, 3e-3, tried with seed 0: 1e-3 was the better one, fused and naive
@@ -470,7 +470,7 @@ def dfusion_training(out, jobs):
 
     tests = json.loads(prompts.read_text())["both"]["test"]
     each = [p for p in tests for _ in range(UNSEEN)]
-    reward, second, dino = load_reward("toy_clip", device)[0], load_reward("toy_pref_b", device)[0], Dino(ROOT / "toy" / "dino", device)
+    reward, second, dino = load_reward("toy_clip", device)[0], load_reward(f"toy_pref:{ROOT / 'toy' / 'pref_b'}", device)[0], Dino(ROOT / "toy" / "dino", device)
 
     @torch.no_grad()
     def measure(lora):
@@ -604,8 +604,8 @@ TREATED = {  # DiffDoctor's runs: model, measured after so many updates, flags
     "toy-flux, gamma .25": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", .25),
     "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 80, 120), "--gamma", 0, "--pixels", "max"),
     "toy-flux, gamma 0, grad_steps 5": ("toy-flux", (40, 80, 120), "--gamma", 0, "--grad_steps", 5),
-    "toy, gamma 0": ("toy", (20, 40), "--gamma", 0, "--grad_steps", 1),
-    "toy, gamma .25": ("toy", (20, 40), "--gamma", .25, "--grad_steps", 1),
+    "toy, gamma 0": ("toy", (20, 40), "--gamma", 0),
+    "toy, gamma .25": ("toy", (20, 40), "--gamma", .25),
     "toy, gamma 0, grad_steps 5": ("toy", (20, 40, 60), "--gamma", 0, "--grad_steps", 5),
     "toy, gamma .25, grad_steps 5": ("toy", (20, 40, 60), "--gamma", .25, "--grad_steps", 5)}
 INSTANCE, MAROON = "a [v] star", (.45, .07, .08) # DreamBooth: "[v]" is unknown to the tokenizer; no red of the toy world is so dark
@@ -615,7 +615,7 @@ EACH = 2                                         # images per held-out prompt
 
 def labelled_scenes(folder, count, star, other):
     """`count` scenes of at most one star as a labelled folder, whose images/ is an imagefolder with categories too. `star` and `other`: the shares of
-    scenes with and without one that hold a mistake, in the star if there is one. All but photographs have the marks of a generator (oracle.degrade)."""
+    scenes with and without one that hold a mistake, in the star if there is one. All but photographs bear a generator's marks (oracle.degrade)."""
     if (folder / "meta.jsonl").exists():
         return folder
     for part in ("images", "maps"):
@@ -671,7 +671,8 @@ def ladder(out, jobs):
                      "--train_steps", DETECTOR_UPDATES, "--save_every", DETECTOR_UPDATES, "--out", run)
             if not metrics.exists():
                 found = load_detector(folder, cpu)
-                row, means = detector_metrics(found, test, cpu)[0], [(r["category"] == "star", m.mean().item()) for r, m in diagnose(found, fine, cpu)]
+                means = [(r["category"] == "star", m.mean().item()) for r, m in diagnose(found, fine, cpu)]
+                row = detector_metrics(found, test, cpu)[0]
                 row |= {f"{k} without a mistake": 100 * statistics.mean(m for s, m in means if s == (k == "stars")) for k in ("stars", "others")}
                 metrics.write_text(json.dumps(row) + "\n")
             results[seed][name] = json.loads(metrics.read_text())
@@ -680,8 +681,9 @@ def ladder(out, jobs):
         def step(command, folder, *words):
             call(out, f"{command}_{seed}_{folder.name}", "diffdoctor", command, *words, "--out", folder,
                  done=folder / ("scores.jsonl" if command == "score" else "meta.jsonl"))
-        for name, first in (("previous", detector("previous labels", data["human"], real=False)), ("photographs", detector("+ photographs", data["human"]))):
-            step("score", at / f"scores_{name}", "--detector", first, "--images", pool)
+        zeroth, first = detector("previous labels", data["human"], real=False), detector("+ photographs", data["human"])
+        for name, detected in (("previous", zeroth), ("photographs", first)):
+            step("score", at / f"scores_{name}", "--detector", detected, "--images", pool)
             scores = [json.loads(line) for line in (at / f"scores_{name}" / "scores.jsonl").read_text().splitlines()]
             means = {c: statistics.mean(r["mean"] for r in scores if r["category"] == c) for c in SHAPES}
             named[seed, name] = ", ".join({r["category"] for r in scores if r["abnormal"]}) or "none", means["star"] / sorted(means.values())[1]
@@ -726,7 +728,7 @@ class Judges:
                       "drift": ((images - before).abs().mean() / (before - before.roll(1, 0)).abs().mean()).item()}
 
 
-def treated(out, jobs):
+def treated(out):
     """DiffDoctor's Table 2 and Figures 4 and 5: artifacts for both detectors, captions and quality over long training."""
     prompts, judges, models, results = held_out_prompts(out).read_text().splitlines(), Judges(), {}, {}
     (out / "measured").mkdir(exist_ok=True)
@@ -752,8 +754,8 @@ def treated(out, jobs):
 
     def one(name, seed):
         kind, steps, *words = TREATED[name]
-        run = train(out, run_of(name, seed).name, "diffdoctor", "treat", "--model", kind, "--seed", seed, "--train_steps", steps[-1], "--save_every", steps[0],
-                    "--patience", steps[-1], "--max_drift", 1e6, *words)
+        run = train(out, run_of(name, seed).name, "diffdoctor", "treat", "--model", kind, "--seed", seed, "--train_steps", steps[-1],
+                    "--save_every", steps[0], "--patience", steps[-1], "--max_drift", 1e6, *words)
         log = [row for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "test_mean" in row]
         history = [(float("inf"), 0.)] + [(row["test_mean"], row["test_drift"]) for row in log]           # the script's own rule, at its defaults
         end = next((i for i in range(1, len(history)) if stop_reason(history[:i + 1], 3, .5)), len(log))
@@ -799,7 +801,7 @@ def treated(out, jobs):
         Image.open(path).convert("RGB").quantize(256, kmeans=1).save(path, optimize=True)
 
 
-def dreambooth(out, jobs):
+def dreambooth(out):
     """DiffDoctor's section 4.3: a LoRA that has learned one thing from six pictures is treated; is the thing still there in unseen prompts?"""
     others = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES if shape != "star"]
     unseen = [f"{a} {RELATIONS[i % 2]} {b}" for i, o in enumerate(others) for a, b in ((INSTANCE, o), (o, INSTANCE))]
@@ -810,7 +812,13 @@ def dreambooth(out, jobs):
     scenes = [sample_scene(np.random.default_rng([7, i]), "a red star") for i in range(6)]
     pictures = [torch.from_numpy(render(dict(s, objects=[dict(s["objects"][0], rgb=np.array(MAROON))]))[0]).permute(2, 0, 1) for s in scenes]
     prior = [(x, caption) for x, caption in image_data(ROOT / "toy" / "images", 64) if "star" in caption]
-    cpu, judges, results, plain = torch.device("cpu"), Judges(), [], [p.replace("[v]", "red") for p in unseen]
+    folder, half = out / "pictures", [(x, INSTANCE) for x in pictures] * (len(prior) // len(pictures))      # of the regulariser: half of both
+    folder.mkdir(exist_ok=True)
+    lines = [dict(file_name=f"{i:03d}.png", text=caption) for i, (x, caption) in enumerate(half + prior)]
+    for line, (x, _) in zip(lines, half + prior):
+        to_pil(x).save(folder / line["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cpu, judges, plain = torch.device("cpu"), Judges(), [p.replace("[v]", "red") for p in unseen]
     sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=20, guidance_scale=1.)
     torch.set_num_threads(1)
 
@@ -833,30 +841,31 @@ def dreambooth(out, jobs):
     def instance(images):
         """The share of images with a thing whose middle is nearer to the instance's colour than to any of the palette's, in RGB."""
         colours = torch.tensor([MAROON, *COLOURS.values()])
-        middles = [[x[:, max(i - 2, 0):i + 3, max(j - 2, 0):j + 3].mean((1, 2)) for i, j in ((int(64 * o["y"]), int(64 * o["x"])) for o in oracle.read(x))]
-                   for x in images]
+        centres = [[(int(64 * o["y"]), int(64 * o["x"])) for o in oracle.read(x)] for x in images]
+        middles = [[x[:, max(i - 2, 0):i + 3, max(j - 2, 0):j + 3].mean((1, 2)) for i, j in each] for x, each in zip(images, centres)]
         return statistics.mean(float(any((colours - c).square().sum(1).argmin() == 0 for c in each)) for each in middles)
 
-    for seed in SEEDS:
-        lora, measured = out / f"instance_{seed}", out / f"measured_{seed}.pt"
-        if not (lora / "pytorch_lora_weights.safetensors").exists():
-            learn(lora, seed)
-        run = train(out, f"run_{seed}", "diffdoctor", "treat", "--grad_steps", 5, "--init_lora", lora, "--gamma", 0, "--prompts", out / "instance.txt",
-                    "--test_prompts", out / "unseen.txt", "--seed", seed, "--train_steps", INSTANCE_TREATED, "--save_every", INSTANCE_TREATED // 2,
-                    "--patience", INSTANCE_TREATED, "--max_drift", 1e6)
-        if not measured.exists():
-            model = load_model("toy", cpu)
-            encode_once(model, unseen + plain)
-            trainable(model, 8)
-            sets = {'before DreamBooth, "red" for "[v]"': generate(model, plain, 0, sampler, EACH)}
-            snapshots = {f"treated, {n} updates": run / "lora" / f"step_{n:06d}" for n in (INSTANCE_TREATED // 2, INSTANCE_TREATED)}
-            for name, path in {"DreamBooth": lora, **snapshots}.items():
-                load_lora(model, path)
-                sets[name] = generate(model, unseen, 0, sampler, EACH)
-            torch.save((sets, {n: judges(x, plain, sets["DreamBooth"]) | dict(instance=instance(x)) for n, x in sets.items()}), measured)
-        results.append(torch.load(measured))
-    table(out / "dreambooth.md", {name: [rows[name] for _, rows in results] for name in results[0][1]})
-    shown = [images[::4 * EACH] for images in results[0][0].values()]
+    lora, measured, runs = out / "instance_0", out / "measured_0.pt", {0: out / "run_0", .25: out / "run_regularised_0"}        # one seed
+    if not (lora / "pytorch_lora_weights.safetensors").exists():
+        learn(lora, 0)
+    for gamma, run in runs.items():
+        train(out, run.name, "diffdoctor", "treat", "--grad_steps", 5, "--init_lora", lora, "--gamma", gamma, "--data", out / "pictures", "--prompts",
+              out / "instance.txt", "--test_prompts", out / "unseen.txt", "--train_steps", INSTANCE_TREATED, "--save_every", INSTANCE_TREATED // 2,
+              "--patience", INSTANCE_TREATED, "--max_drift", 1e6)
+    if not measured.exists():
+        model = load_model("toy", cpu)
+        encode_once(model, unseen + plain)
+        trainable(model, 8)
+        sets = {'before DreamBooth, "red" for "[v]"': generate(model, plain, 0, sampler, EACH)}
+        snapshots = {f"treated, gamma {gamma:g}, {n} updates": run / "lora" / f"step_{n:06d}"
+                     for gamma, run in runs.items() for n in (INSTANCE_TREATED // 2, INSTANCE_TREATED)}
+        for name, path in {"DreamBooth": lora, **snapshots}.items():
+            load_lora(model, path)
+            sets[name] = generate(model, unseen, 0, sampler, EACH)
+        torch.save((sets, {n: judges(x, plain, sets["DreamBooth"]) | dict(instance=instance(x)) for n, x in sets.items()}), measured)
+    sets, rows = torch.load(measured)
+    table(out / "dreambooth.md", {name: [row] for name, row in rows.items()})
+    shown = [images[::4 * EACH] for name, images in sets.items() if f"{INSTANCE_TREATED // 2} updates" not in name]
     save_grid(torch.cat([torch.stack(pictures), torch.ones(len(shown[0]) - 6, 3, 64, 64), *shown]), out / "dreambooth.png", columns=len(shown[0]))
     Image.open(out / "dreambooth.png").quantize(256, kmeans=1).save(out / "dreambooth.png", optimize=True)
 
@@ -864,8 +873,8 @@ def dreambooth(out, jobs):
 def diffdoctor(out, jobs):
     """The detectors' ladder, the treatment, and a treated DreamBooth."""
     ladder(out, jobs)
-    treated(out, jobs)
-    dreambooth(out / "dreambooth", jobs)
+    treated(out)
+    dreambooth(out / "dreambooth")
 
 
 EXPERIMENTS = dict(refl=refl, imagerefl=imagerefl, focus_n_fix=focus_n_fix, dfusion=dfusion, diffdoctor=diffdoctor)
