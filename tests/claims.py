@@ -4,7 +4,7 @@
   $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 12 more runs; uses refl's
   $ OMP_NUM_THREADS=1 python tests/claims.py focus_n_fix --out claims --jobs 2      # 12 short runs
   $ OMP_NUM_THREADS=1 python tests/claims.py dfusion --out claims --jobs 2          # pairs, gradients, 21 runs
-  $ OMP_NUM_THREADS=1 python tests/claims.py diffdoctor --out claims                # 12 detectors, 24 treatments, 3 DreamBooths
+  $ OMP_NUM_THREADS=1 python tests/claims.py diffdoctor --out claims                # 12 detectors, 24 treatments, a DreamBooth
 
 Writes DIR/<experiment>/table.md, results.json and plots. The training seed is the unit: a figure is the mean over seeds, with the standard
 deviation over seeds behind the sign; held-out prompts and image seeds are the same for every row.
@@ -604,8 +604,8 @@ TREATED = {  # DiffDoctor's runs: model, measured after so many updates, flags
     "toy-flux, gamma .25": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", .25),
     "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 80, 120), "--gamma", 0, "--pixels", "max"),
     "toy-flux, gamma 0, grad_steps 5": ("toy-flux", (40, 80, 120), "--gamma", 0, "--grad_steps", 5),
-    "toy, gamma 0": ("toy", (20, 40), "--gamma", 0),
-    "toy, gamma .25": ("toy", (20, 40), "--gamma", .25),
+    "toy, gamma 0": ("toy", (20, 40), "--gamma", 0, "--grad_steps", 1),
+    "toy, gamma .25": ("toy", (20, 40), "--gamma", .25, "--grad_steps", 1),
     "toy, gamma 0, grad_steps 5": ("toy", (20, 40, 60), "--gamma", 0, "--grad_steps", 5),
     "toy, gamma .25, grad_steps 5": ("toy", (20, 40, 60), "--gamma", .25, "--grad_steps", 5)}
 INSTANCE, MAROON = "a [v] star", (.45, .07, .08) # DreamBooth: "[v]" is unknown to the tokenizer; no red of the toy world is so dark
