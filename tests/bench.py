@@ -250,7 +250,7 @@ def cpu(pairs):
         "refl": ("refl", fixed, Plain(8, DDPMScheduler, 20), refl),
         "refl, 1 image": ("refl", [*fixed, "--batch_size", 1], Plain(8, DDPMScheduler, 20), lambda p: refl(p, 1)),
         "imagerefl": ("imagerefl", [*fixed, "--refl_every", 0], Plain(8, DDPMScheduler, 20), imagerefl),
-        "diffdoctor treat": ("diffdoctor", [], Plain(8, DDPMScheduler, 20), treat),
+        "diffdoctor treat": ("diffdoctor", ["--grad_steps", 1], Plain(8, DDPMScheduler, 20), treat),
         "focus_n_fix": ("focus_n_fix", ["--pool", 8], Plain(16, DDIMScheduler, 10), focus),
         "dfusion_dpo, inner update": ("dfusion_dpo", rounds, Plain(8, DDIMScheduler, 20), dpo, lambda p: dpo(p, together=1)),
     }
