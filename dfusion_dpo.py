@@ -24,7 +24,7 @@ Differences from the paper and from the authors' code (which samples and fuses; 
 4. The reference is replayed in one batch with the target, from the latents and maps kept when it was sampled: two passes instead of three.
 5. A text file of prompts gets its thresholds from a quantile of a few samples; the authors chose by eye. They can be edited.
 
-  $ python dfusion_dpo.py                                       # the toy world, minutes on two CPU cores; too few images to learn from (README)
+  $ python dfusion_dpo.py                                       # the toy world, minutes on two CPU cores; settings that learn: README
   $ python dfusion_dpo.py --naive --out runs/naive              # the baseline: the same pairs, a = reference
   $ python dfusion_dpo.py --model sd21 --algo ddpo --template template2
 """

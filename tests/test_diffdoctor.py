@@ -434,7 +434,8 @@ def test_the_loop_that_a_person_walks(world, tmp_path, capsys):
     told = capsys.readouterr().out
     rows = lines(tmp_path / "scores" / "scores.jsonl")
     assert [row["mean"] for row in rows] == sorted((row["mean"] for row in rows), reverse=True) and len(rows) == 24
-    assert {row["category"] for row in rows if row["abnormal"]} == {"star"} and next(x for x in told.splitlines() if "abnormal" in x).startswith("star")
+    first = [x.split()[0] for x in told.splitlines() if "abnormal" in x][0]
+    assert "star" in {row["category"] for row in rows if row["abnormal"]} and first == "star"     # the most suspicious one
 
     run("diffdoctor", "export_hard", *look, "--scores", tmp_path / "scores", "--max_images", 4, "--out", tmp_path / "hard")
     hard = lines(tmp_path / "hard" / "meta.jsonl")
@@ -761,7 +762,7 @@ def test_the_commands_of_the_docstring_parse(tmp_path, monkeypatch, capsys):
 
 
 def test_the_toy_run_through_the_command_line(tmp_path, capsys):
-    run("diffdoctor", "treat", "--train_steps", 1, "--batch_size", 2, "--num_inference_steps", 3, "--out", tmp_path / "run", "--device", "cpu")
+    run("diffdoctor", "treat", "--train_steps", 1, "--batch_size", 2, "--num_inference_steps", 5, "--out", tmp_path / "run", "--device", "cpu")
     told = capsys.readouterr().out
     assert "held-out artifact confidence before: mean" in told and "toy_pref" in told and "the best snapshot" in told
     assert Image.open(tmp_path / "run" / "samples" / "step_000001.png").size[0] > 0
