@@ -1,0 +1,1 @@
+"""The experiments of claims.py, one a file."""

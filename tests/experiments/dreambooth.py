@@ -1,0 +1,99 @@
+"""DiffDoctor's section 4.3 on the toy world: a DreamBooth LoRA is treated."""
+import json
+
+import numpy as np
+import torch
+
+from common import condition, encode, encode_once, generate, generator, load_lora, load_model, make_scheduler, save_grid, save_weights, to_pil, trainable
+from diffdoctor import offline_loss
+from prompts.coco import image_data
+from toy import oracle
+from toy.scenes import COLOURS, RELATIONS, SHAPES, render, sample_scene
+
+from .diffdoctor import EACH, Treated
+from .tools import ROOT, SEEDS, mean, shrink, table, together, train
+
+INSTANCE, MAROON = "a [v] star", (.45, .07, .08) # DreamBooth: "[v]" is unknown to the tokenizer; no red of the toy world is so dark
+INSTANCE_UPDATES, INSTANCE_TREATED, GAMMAS = 300, 60, (0, .25)
+
+
+def dreambooth(out, jobs):
+    """DiffDoctor's section 4.3: a LoRA that has learned one thing from six pictures is treated; is the thing still there in unseen prompts?"""
+    others = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES if shape != "star"]
+    unseen = [f"{a} {RELATIONS[i % 2]} {b}" for i, o in enumerate(others) for a, b in ((INSTANCE, o), (o, INSTANCE))]
+    classes = [p for p in (ROOT / "toy" / "prompts_train.txt").read_text().splitlines() if "star" in p]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, prompts in dict(instance=[INSTANCE] * len(classes) + classes, unseen=unseen).items():
+        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    scenes = [sample_scene(np.random.default_rng([7, i]), "a red star") for i in range(6)]
+    pictures = [torch.from_numpy(render(dict(s, objects=[dict(s["objects"][0], rgb=np.array(MAROON))]))[0]).permute(2, 0, 1) for s in scenes]
+    prior = [(x, caption) for x, caption in image_data(ROOT / "toy" / "images", 64) if "star" in caption]
+    folder, half = out / "pictures", [(x, INSTANCE) for x in pictures] * (len(prior) // len(pictures))      # of the regulariser: half of both
+    folder.mkdir(exist_ok=True)
+    lines = [dict(file_name=f"{i:03d}.png", text=caption) for i, (x, caption) in enumerate(half + prior)]
+    for line, (x, _) in zip(lines, half + prior):
+        to_pil(x).save(folder / line["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cpu, judges, plain = torch.device("cpu"), Treated(), [p.replace("[v]", "red") for p in unseen]
+    sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=20, guidance_scale=1.)
+    torch.set_num_threads(1)
+
+    def learn(folder, seed):
+        """DreamBooth with prior preservation: half of a batch the instance, half other stars."""
+        model = load_model("toy", cpu)
+        encode_once(model, [INSTANCE, *(caption for _, caption in prior)])
+        optimizer, scheduler = torch.optim.AdamW(trainable(model, 8, seed), lr=1e-3), make_scheduler(model, "ddpm", 20)
+        for step in range(INSTANCE_UPDATES):
+            draw = generator(seed, "dreambooth", step)
+            batch = [(pictures[i], INSTANCE) for i in torch.randint(len(pictures), (4,), generator=draw)]
+            images, captions = zip(*batch, *(prior[i] for i in torch.randint(len(prior), (4,), generator=draw)))
+            x0 = encode(model, torch.stack(images))
+            noise, t = torch.randn(x0.shape, generator=draw), torch.randint(1000, (len(x0),), generator=draw)
+            offline_loss(model, scheduler, x0, noise, t, condition(model, list(captions))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        save_weights(model, folder, 8)
+
+    def instance(images):
+        """The share of images with a thing whose middle is nearer to the instance's colour than to any of the palette's, in RGB."""
+        colours = torch.tensor([MAROON, *COLOURS.values()])
+        centres = [[(int(64 * o["y"]), int(64 * o["x"])) for o in oracle.read(x)] for x in images]
+        middles = [[x[:, max(i - 2, 0):i + 3, max(j - 2, 0):j + 3].mean((1, 2)) for i, j in each] for x, each in zip(images, centres)]
+        return mean(float(any((colours - c).square().sum(1).argmin() == 0 for c in each)) for each in middles)
+
+    def loras(seed):
+        """{name of a row: its LoRA}"""
+        found = {"DreamBooth": out / f"instance_{seed}"}
+        for gamma in GAMMAS:
+            for n in (INSTANCE_TREATED // 2, INSTANCE_TREATED):
+                found[f"treated, gamma {gamma:g}, {n} updates"] = out / f"gamma_{gamma:g}_{seed}" / "lora" / f"step_{n:06d}"
+        return found
+
+    def one(seed):
+        lora = out / f"instance_{seed}"
+        if not (lora / "pytorch_lora_weights.safetensors").exists():
+            learn(lora, seed)
+        for gamma in GAMMAS:
+            train(out, f"gamma_{gamma:g}_{seed}", "diffdoctor", "treat", "--grad_steps", 5, "--init_lora", lora, "--gamma", gamma, "--data",
+                  out / "pictures", "--prompts", out / "instance.txt", "--test_prompts", out / "unseen.txt", "--train_steps", INSTANCE_TREATED,
+                  "--save_every", INSTANCE_TREATED // 2, "--patience", INSTANCE_TREATED, "--max_drift", 1e6, "--seed", seed)
+
+    together(jobs, [lambda s=s: one(s) for s in SEEDS])
+    model, rows = load_model("toy", cpu), {}
+    encode_once(model, unseen + plain)
+    before = generate(model, plain, 0, sampler, EACH)
+    trainable(model, 8)
+    for seed in SEEDS:
+        measured = out / f"measured_{seed}.pt"
+        if not measured.exists():
+            sets = {'before DreamBooth, "red" for "[v]"': before} if seed == SEEDS[0] else {}
+            for name, path in loras(seed).items():
+                load_lora(model, path)
+                sets[name] = generate(model, unseen, 0, sampler, EACH)
+            torch.save((sets, {n: judges(x, plain, sets["DreamBooth"]) | dict(instance=instance(x)) for n, x in sets.items()}), measured)
+        for name, row in torch.load(measured)[1].items():
+            rows.setdefault(name, []).append(row)
+    table(out / "table.md", rows, 2)
+    shown = [images[::4 * EACH] for name, images in torch.load(out / f"measured_{SEEDS[0]}.pt")[0].items() if f"{INSTANCE_TREATED // 2} updates" not in name]
+    save_grid(torch.cat([torch.stack(pictures), torch.ones(len(shown[0]) - 6, 3, 64, 64), *shown]), out / "dreambooth.png", columns=len(shown[0]))
+    shrink(out / "dreambooth.png")
