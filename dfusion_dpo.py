@@ -24,7 +24,7 @@ Differences from the paper and from the authors' code (which samples and fuses; 
 4. The reference is replayed in one batch with the target, from the latents and maps kept when it was sampled: two passes instead of three.
 5. A text file of prompts gets its thresholds from a quantile of a few samples; the authors chose by eye. They can be edited.
 
-  $ python dfusion_dpo.py                                       # the toy world, minutes on two CPU cores; settings that learn: README
+  $ python dfusion_dpo.py                                       # the toy world, two minutes on a CPU core
   $ python dfusion_dpo.py --naive --out runs/naive              # the baseline: the same pairs, a = reference
   $ python dfusion_dpo.py --model sd21 --algo ddpo --template template2
 """
@@ -56,8 +56,9 @@ OURS = {   # rows the paper does not have
     "sd15": dict(PAPER["sd21"]),
     "sd21": dict(PAPER["sd21"]),
     "sdxl": dict(PAPER["sd21"], resolution=1024),
-    "toy": dict(train_steps=20, batch_size=64, images_per_prompt=8, inner_epochs=2, lr=1e-3, num_inference_steps=20, guidance_scale=5.,
-                adoption_threshold=1., lora_rank=8, resolution=64, reward="toy_clip", train_timesteps=5, untrained=5, prompts="dfusion_toy.json",
+    "toy": dict(train_steps=16, batch_size=64, images_per_prompt=8, inner_epochs=2, lr=1e-3, num_inference_steps=10, guidance_scale=1.,
+                trained_steps="4-3",                                      # where DPO's gradient is the reward's: README, "The gradient, measured"
+                adoption_threshold=1., lora_rank=8, resolution=64, reward="toy_clip", prompts="dfusion_toy.json",
                 mask_layer=5, item_token="next"),                         # 8 x 8; the first up block's 4 x 4 is too coarse for these objects
 }
 CLIP_RANGE = .1                                                           # eps of Eq. 8: the authors' config; ddpo-pytorch has 1e-4
@@ -80,7 +81,7 @@ def parse_args(argv=None):
     parser.add_argument("--images_per_prompt", type=int, default=row["images_per_prompt"], help="of one prompt in a round, and at once in the denoiser")
     parser.add_argument("--micro_batch", type=int, default=8, help="images per gradient pass, an image being one timestep of one trajectory")
     parser.add_argument("--inner_epochs", type=int, default=row["inner_epochs"], help="updates on a round's pairs")
-    parser.add_argument("--trained_steps", help="timesteps that are trained on, counted down to 1, as 20-6 (all; toy: not the last 5, which drown the others)")
+    parser.add_argument("--trained_steps", help="timesteps that are trained on, counted down to 1, as 20-6 (all; toy, of 10: 4-3)")
     parser.add_argument("--train_timesteps", type=int, default=row.get("train_timesteps"), help="so many of them, drawn anew for each pair (all)")
     parser.add_argument("--resolution", type=int, default=row["resolution"], help="pixels")
     parser.add_argument("--num_inference_steps", type=int, default=row["num_inference_steps"], help="sampling steps, in training and after")
@@ -109,7 +110,8 @@ def parse_args(argv=None):
     args = parser.finish(argv, "dfusion_dpo")
     args.test_prompts = getattr(args, "test_prompts", None)
     last = args.num_inference_steps
-    args.trained_steps = args.trained_steps or f"{last}-{min(row.get('untrained', 0) + 1, last)}"
+    known = row.get("trained_steps") if last == row["num_inference_steps"] else None
+    args.trained_steps = args.trained_steps or known or f"{last}-1"
     args.train_timesteps = args.train_timesteps or last
     if args.naive and (args.fusion_layers or args.fusion_steps):
         parser.error("--naive fuses nothing: --fusion_layers and --fusion_steps have no part in it")

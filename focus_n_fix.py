@@ -27,7 +27,7 @@ No code was released, and only the abstract was at hand, with second-hand summar
   $ python focus_n_fix.py --model sd14 --prompts captions.txt --detector detector_folder
   $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --mode tuned --out images/focus
 
-Measured (toy, artifacts, 60 updates, three seeds; tests/claims.py focus_n_fix): at equal held-out reward the change outside is .0172, DRaFT's .0297.
+Measured (toy, artifacts, 60 updates, three seeds; tests/claims.py focus_n_fix): at equal held-out reward the change outside is .0140, DRaFT's .0244.
 """
 import dataclasses
 import math

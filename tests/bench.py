@@ -245,7 +245,8 @@ def against(script, argv, *hands, pairs=8):
 def cpu(pairs):
     torch.set_num_threads(1)
     fixed = ["--first_mid", 16, "--last_mid", 16]
-    rounds = ["--batch_size", 16, "--inner_epochs", pairs + 2, "--train_timesteps", 2]                # 8 pairs, 2 timesteps of each
+    guided = ["--num_inference_steps", 20, "--guidance_scale", 5, "--trained_steps", "20-6"]
+    rounds = [*guided, "--batch_size", 16, "--inner_epochs", pairs + 2, "--train_timesteps", 2]       # 8 pairs, 2 timesteps of each
     cases = {  # name: script, its flags, loops written by hand
         "refl": ("refl", fixed, Plain(8, DDPMScheduler, 20), refl),
         "refl, 1 image": ("refl", [*fixed, "--batch_size", 1], Plain(8, DDPMScheduler, 20), lambda p: refl(p, 1)),

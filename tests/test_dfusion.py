@@ -452,7 +452,7 @@ def test_the_toy_run_through_the_command_line(folder, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "held-out toy_clip before" in text and "held-out toy_clip after" in text and "stays near ln 2" in text
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["sampler"] == dict(scheduler="ddim", eta=1., num_inference_steps=3, guidance_scale=5.) and config["fusion_layers"] == "3-6"
+    assert config["sampler"] == dict(scheduler="ddim", eta=1., num_inference_steps=3, guidance_scale=1.) and config["fusion_layers"] == "3-6"
     assert Image.open(tmp_path / "run" / "samples" / "round_0000.png").size[0] == 4 * 64 * 2
     run("combined_sample", "--lora", tmp_path / "run", "--prompts", tmp_path / "run" / "test_prompts.txt", "--num_images", 1, "--out", tmp_path / "images")
     text = capsys.readouterr().out
@@ -465,6 +465,7 @@ def test_settings_of_the_paper():
                lr=1e-4, lora_rank=4, fusion_steps="18-1", mask_merge="xor", item_token="own", adoption_threshold=1., reward="clip_h", algo="dpo")
     assert row.items() <= vars(args).items() and Path(args.prompts).name == "dfusion_templates.json"
     assert d.parse_args([]).reward == "toy_clip" and d.parse_args(["--model", "sdxl"]).resolution == 1024
+    assert [d.parse_args(words).trained_steps for words in ([], ["--num_inference_steps", "20"], ["--model", "sd21"])] == ["4-3", "20-1", "20-1"]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------
@@ -490,10 +491,10 @@ def test_bad_values(folder, tmp_path, capsys, monkeypatch):
         (["--images_per_prompt", 8, "--batch_size", 20], ["--batch_size 20"]),
         (["--micro_batch", 3], ["even"]),
         (["--inner_epochs", 0], ["at least one epoch"]),
-        (["--train_timesteps", 21], ["num_inference_steps 20"]),
+        (["--train_timesteps", 21], ["num_inference_steps 10"]),
         (["--num_inference_steps", 2000, "--train_timesteps", 1], ["at most 500"]),
-        (["--fusion_steps", "21-1"], ["20 down to 1"]),
-        (["--trained_steps", "21-3"], ["--trained_steps 21-3", "20 down to 1"]),
+        (["--fusion_steps", "21-1"], ["10 down to 1"]),
+        (["--trained_steps", "21-3"], ["--trained_steps 21-3", "10 down to 1"]),
         (["--fusion_steps", "18-1-2"], ["18-1-2", "dash"]),
         (["--fusion_layers", "up"], ["up", "3-6"]),
         (["--naive", "--fusion_steps", "18-1"], ["--naive fuses nothing"]),

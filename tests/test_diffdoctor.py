@@ -436,6 +436,8 @@ def test_the_loop_that_a_person_walks(world, tmp_path, capsys):
     assert [row["mean"] for row in rows] == sorted((row["mean"] for row in rows), reverse=True) and len(rows) == 24
     first = [x.split()[0] for x in told.splitlines() if "abnormal" in x][0]
     assert "star" in {row["category"] for row in rows if row["abnormal"]} and first == "star"     # the most suspicious one
+    means = {c: np.mean([row["mean"] for row in rows if row["category"] == c]) for c in {row["category"] for row in rows}}
+    assert means["star"] > 3 * max(means[c] for c in means if c != "star"), means
 
     run("diffdoctor", "export_hard", *look, "--scores", tmp_path / "scores", "--max_images", 4, "--out", tmp_path / "hard")
     hard = lines(tmp_path / "hard" / "meta.jsonl")

@@ -129,7 +129,7 @@ def test_the_teacher_is_toy_sd_as_a_flow():
     noise, x0 = (1 - alpha).sqrt() * z + alpha.sqrt() * v, alpha.sqrt() * z - (1 - alpha).sqrt() * v
     ours = teacher(FluxPipeline._pack_latents(x, 2, 4, 16, 16), sigma.expand(2), torch.tensor([1, 2]))
     theirs = FluxPipeline._pack_latents(noise - x0, 2, 4, 16, 16)
-    assert (ours - theirs).abs().max() < .05 * theirs.std() and theirs.std() > .5        # bfloat16
+    assert (ours - theirs).abs().mean() < .02 * theirs.std() and theirs.std() > .5       # bfloat16
 
     x, steps = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0)), 20
     for i in range(steps):

@@ -79,8 +79,7 @@ def pairs_measured(out):
 ALGOS, METHODS = ("dpo", "ddpo", "dpok"), {"fused": (), "naive": ("--naive",)}
 UNSEEN = 8                                       # images of an unseen prompt
 SNAPSHOTS = (16, 32)                             # updates: after 8 and 16 rounds of 64 images, 8 prompts x 8; two updates each
-DFUSION = ("--num_inference_steps", 10, "--guidance_scale", 1, "--trained_steps", "4-3", "--micro_batch", 32, "--lr", 1e-3, "--train_steps", SNAPSHOTS[-1],
-           "--save_every", SNAPSHOTS[0])                                  # where `gradients` finds something to learn
+DFUSION = ("--micro_batch", 32, "--train_steps", SNAPSHOTS[-1], "--save_every", SNAPSHOTS[0])     # the rest: toy's row, from what `gradients` finds
 # one run each, attributes alone, seed 0: lr 4e-4 and 1e-3 fused, 1e-3 and 3e-3 naive; 1e-3 taken for all
 
 

@@ -130,7 +130,7 @@ class Treated(Judges):
             "drift": ((images - before).abs().mean() / (before - before.roll(1, 0)).abs().mean()).item()}
 
 
-def treated(out):
+def treated(out, jobs):
     """DiffDoctor's Table 2 and Figures 4 and 5: artifacts for both detectors, captions and quality over long training."""
     prompts, judges, models, results = held_out_prompts(out).read_text().splitlines(), Treated(), {}, {}
     (out / "measured").mkdir(exist_ok=True)
@@ -154,17 +154,20 @@ def treated(out):
             torch.save((images, judges(images, prompts, measured(name, seed, 0)[0] if step else images)), path)
         return torch.load(path)
 
-    def one(name, seed):
+    def trained(name, seed):
         kind, steps, *words = TREATED[name]
-        run = train(out, run_of(name, seed).name, "diffdoctor", "treat", "--model", kind, "--seed", seed, "--train_steps", steps[-1],
-                    "--save_every", steps[0], "--patience", steps[-1], "--max_drift", 1e6, *words)
-        log = [row for row in json_lines(run / "log.jsonl") if "test_mean" in row]
+        train(out, run_of(name, seed).name, "diffdoctor", "treat", "--model", kind, "--seed", seed, "--train_steps", steps[-1],
+              "--save_every", steps[0], "--patience", steps[-1], "--max_drift", 1e6, *words)
+
+    def one(name, seed):
+        steps, log = TREATED[name][1], [row for row in json_lines(run_of(name, seed) / "log.jsonl") if "test_mean" in row]
         history = [(float("inf"), 0.)] + [(row["test_mean"], row["test_drift"]) for row in log]           # the script's own rule, at its defaults
         end = next((i for i in range(1, len(history)) if stop_reason(history[:i + 1], 3, .5)), len(log))
         chosen = min([row for row in log[:end] if row["test_drift"] <= .5], key=lambda row: row["test_mean"], default=dict(step=0))["step"]
         each = {step: measured(name, seed, step)[1] for step in sorted({0, chosen, *steps})}
         results[name, seed] = chosen, {step: r | {"mean / area": r["detector mean"] / max(r["area"], .1)} for step, r in each.items()}
 
+    together(jobs, [lambda n=n, s=s: trained(n, s) for s in SEEDS for n in TREATED])
     torch.set_num_threads(1)
     rows = {}
     for name, (kind, steps, *_) in TREATED.items():                    # one at a time: models and judges are shared
@@ -202,4 +205,4 @@ def treated(out):
 def diffdoctor(out, jobs):
     """The detectors' ladder and the treatment."""
     ladder(out, jobs)
-    treated(out)
+    treated(out, jobs)
