@@ -175,9 +175,9 @@ def test_items_are_found_with_the_tokenizer():
 def test_toy_prompts_are_of_the_right_side_of_the_split():
     from toy.scenes import all_captions
     train, test = set(all_captions(False)), set(all_captions(True))
-    for name in ("attributes", "relations"):
+    for name, count in (("attributes", 40), ("relations", 40), (None, 80)):
         rows, tests = d.read_items(str(ROOT / "prompts" / "dfusion_toy.json"), name)
-        assert len(rows) == len(set(tests)) == 40 and {row["prompt"] for row in rows} <= train and set(tests) <= test
+        assert len(rows) == len(set(tests)) == count and {row["prompt"] for row in rows} <= train and set(tests) <= test
         assert all(item in row["prompt"] for row in rows for item in row["items"])
 
 

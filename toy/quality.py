@@ -7,6 +7,7 @@ import json
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from transformers import AutoModel, AutoModelForSemanticSegmentation, AutoTokenizer, CLIPModel
 
 from . import judges
@@ -173,10 +174,18 @@ def dino_quality(name="dino", captions=40, each=6):
     return {k: round(v, 4) for k, v in out.items()}
 
 
+@torch.no_grad()
+def vae_quality(count=64):
+    """Peak signal-to-noise ratio (dB) of held-out scenes through toy/sd's VAE and back."""
+    vae, (_, images) = AutoencoderKL.from_pretrained(ROOT / "sd" / "vae", torch_dtype=torch.float32).to(DEVICE).eval(), test_scenes(count, "vae")
+    again = vae.decode(vae.encode(2 * images - 1).latent_dist.mean).sample / 2 + .5
+    return dict(psnr=round(-10 * (again - images).square().mean().log10().item(), 2))
+
+
 def measure():
     """Everything: dict network -> dict of numbers."""
     second = dict(pref_b=pref_quality("pref_b")) if (ROOT / "pref_b").exists() else {}
-    return dict(clip=clip_quality(), clip_soft=clip_quality(look=.6), pref=pref_quality(), **second, dino=dino_quality(),
+    return dict(vae=vae_quality(), clip=clip_quality(), clip_soft=clip_quality(look=.6), pref=pref_quality(), **second, dino=dino_quality(),
                 detector=detector_quality(), detector_b=detector_quality("detector_b", "b"),
                 detector_on_b=detector_quality("detector", "b"), detector_b_on_a=detector_quality("detector_b", "a"))
 

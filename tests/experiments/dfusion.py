@@ -83,25 +83,14 @@ DFUSION = ("--micro_batch", 32, "--train_steps", SNAPSHOTS[-1], "--save_every", 
 # one run each, attributes alone, seed 0: lr 4e-4 and 1e-3 fused, 1e-3 and 3e-3 naive; 1e-3 taken for all
 
 
-def mixed_prompts(out):
-    """Half attributes, half relations: 80 training prompts, 40 unseen ones; returns the file."""
-    file = json.loads((ROOT / "prompts" / "dfusion_toy.json").read_text())
-    both = {part: [row for pair in zip(*(t[part] for t in file.values())) for row in pair] for part in ("train", "test")}
-    both = dict(train=both["train"], test=both["test"][:PROMPTS])
-    assert not {row["prompt"] for row in both["train"]} & set(both["test"])
-    (out / "prompts.json").write_text(json.dumps(dict(both=both)) + "\n")
-    return out / "prompts.json"
-
-
 def training(out, jobs):
     """D-Fusion's Figures 6 and 7: do fused pairs teach more than naive ones, on unseen prompts? And section 4.4's ablation."""
-    prompts, device = mixed_prompts(out), torch.device("cpu")
+    tests, device = dfusion_dpo.read_items(dfusion_dpo.parse_args([]).prompts, "both")[1][:PROMPTS], torch.device("cpu")
     kinds = {f"{algo}, {method}": ("--algo", algo, *words) for algo in ALGOS for method, words in METHODS.items()}
     kinds["dpo, fused, inverted trajectories"] = ("--algo", "dpo", "--trajectory", "inversion")
     runs = {(kind, s): out / f"{re.sub(', | ', '_', kind)}_{s}" for s in SEEDS for kind in kinds}
-    together(jobs, [lambda k=k, s=s: train(out, runs[k, s].name, "dfusion_dpo", *DFUSION, *kinds[k], "--seed", s, "--prompts", prompts) for k, s in runs])
+    together(jobs, [lambda k=k, s=s: train(out, runs[k, s].name, "dfusion_dpo", *DFUSION, *kinds[k], "--seed", s) for k, s in runs])
 
-    tests = json.loads(prompts.read_text())["both"]["test"]
     sampler = json.loads((next(iter(runs.values())) / "config.json").read_text())["sampler"]
     reward, judges = load_reward("toy_clip", device)[0], Judges()
 
