@@ -19,10 +19,10 @@ from .tools import ROOT, SEEDS, Judges, call, held_out_prompts, json_lines, mean
 LADDER = dict(human=1500, photos=800, pool=2400, test=400)            # images; DiffDoctor's detector
 DETECTOR_UPDATES = 1000
 TREATED = {  # DiffDoctor's runs: model, measured after so many updates, flags
-    "toy-flux, gamma 0": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", 0),
-    "toy-flux, gamma .25": ("toy-flux", (40, 80, 120, 160, 240), "--gamma", .25),
-    "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 80, 120), "--gamma", 0, "--pixels", "max"),
-    "toy-flux, gamma 0, grad_steps 5": ("toy-flux", (40, 80, 120), "--gamma", 0, "--grad_steps", 5),
+    "toy-flux, gamma 0": ("toy-flux", (40, 120, 240, 480, 720), "--gamma", 0),
+    "toy-flux, gamma .25": ("toy-flux", (40, 120, 240, 480, 720), "--gamma", .25),
+    "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 120), "--gamma", 0, "--pixels", "max"),
+    "toy-flux, gamma 0, grad_steps 5": ("toy-flux", (40, 120, 240), "--gamma", 0, "--grad_steps", 5),
     "toy, gamma 0": ("toy", (20, 40), "--gamma", 0, "--grad_steps", 1),
     "toy, gamma .25": ("toy", (20, 40), "--gamma", .25, "--grad_steps", 1),
     "toy, gamma 0, grad_steps 5": ("toy", (20, 40, 60), "--gamma", 0, "--grad_steps", 5),
