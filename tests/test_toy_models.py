@@ -34,10 +34,8 @@ def test_weights_are_half_precision_and_small():
     assert all("fp16" not in p.name for p in ROOT.rglob("*.safetensors"))                    # plain names: from_pretrained needs no variant
 
 
-# for a caption's images the strict reading of toy/sd, which the tables have; toy/README.md has the rates themselves
-@pytest.mark.parametrize("name, picture, sampler, right, floor", [("toy", "reference", measure.SAMPLER, oracle.correct, .8),
-                                                                  ("toy-flux", "flux_reference", measure.FLOW_SAMPLER, oracle.recognised, .55)])
-def test_the_stored_picture_and_a_floor_of_quality(name, picture, sampler, right, floor):
+@pytest.mark.parametrize("name, picture, sampler, floor", [("toy", "reference", measure.SAMPLER, .8), ("toy-flux", "flux_reference", measure.FLOW_SAMPLER, .7)])
+def test_the_stored_picture_and_a_floor_of_quality(name, picture, sampler, floor):           # toy/README.md has the rates themselves
     model = common.load_model(name, torch.device("cpu"))
     stored = np.asarray(Image.open(ROOT / "pictures" / f"{picture}.png"), dtype=np.float32) / 255
     images = common.generate(model, ["a red circle", "a blue square left of a yellow circle"], 0, sampler)
@@ -46,5 +44,5 @@ def test_the_stored_picture_and_a_floor_of_quality(name, picture, sampler, right
 
     prompts = ["a yellow circle", "a purple circle", "a blue square"]                        # held out; circles and squares, not stars
     images = common.generate(model, prompts, 1, sampler, num_images=8)
-    read = [right(image, prompts[i // 8]) for i, image in enumerate(images)]
+    read = [oracle.correct(image, prompts[i // 8]) for i, image in enumerate(images)]
     assert read.count(True) >= floor * len(read), read
