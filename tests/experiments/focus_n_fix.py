@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import load_detector, load_reward
+from common import load_detector, load_reward, save_grid
 from focus_n_fix import THRESHOLD, change, concept_reward, grad_cam, last_norm, problem_mask
 
-from .tools import PROMPTS, ROOT, SEEDS, call, cell, images, json_lines, mean, subplots, together, train
+from .tools import PROMPTS, ROOT, SEEDS, call, cell, images, json_lines, mean, shrink, subplots, together, train
 
 BETAS = dict(heatmap=(0, .5), concept=(0, 3))    # Focus-N-Fix; 0 is DRaFT
 CONCEPT_LR = 3e-4                                # at the default 1e-3 DRaFT and beta 1 both end in pictures that no longer show any caption
@@ -123,3 +123,18 @@ def focus_n_fix(out, jobs):
             axis.set(title=f"{case}: {field}", xlabel="reward")
         row[0].legend(fontsize=7)
     figure.savefig(out / "equal_reward.png", dpi=80)
+
+    tiles = []                                                            # six images, seed 0, where DRaFT's reward is nearest to the other's last
+    for case in words:
+        draft, other = (results[case, b, SEEDS[0]] for b in BETAS[case])
+        near = min(range(1, len(draft)), key=lambda i: abs(draft[i]["reward"] - other[-1]["reward"]))
+        for beta, i in zip(BETAS[case], (near, len(other) - 1)):
+            print(f"regions.png: {case}, beta {beta:g}, {i * EVERY} updates")
+            run = out / f"{case}_{beta}_{SEEDS[0]}"
+            before, after = (read_folder(run / "over_steps" / f"step_{n * EVERY:06d}")[0][::14] for n in (0, i))
+            files = sorted((run / "masks").glob("*.png"))[::14]
+            mask = torch.from_numpy(np.stack([np.asarray(Image.open(f), np.float32) / 255 for f in files]))[:, None].expand_as(before)
+            tiles += [before, mask, after, (3 * (after - before).abs()).clamp(max=1)]
+    save_grid(torch.stack(tiles, 1).flatten(0, 1), out / "regions.png", columns=len(tiles))
+    Image.open(out / "regions.png").reduce(2).save(out / "regions.png")
+    shrink(out / "regions.png")
