@@ -25,8 +25,8 @@ TREATED = {  # DiffDoctor's runs: model, measured after so many updates, flags
     "toy-flux, gamma 0, grad_steps 5": ("toy-flux", (40, 120, 240), "--gamma", 0, "--grad_steps", 5),
     "toy, gamma 0": ("toy", (20, 40), "--gamma", 0, "--grad_steps", 1),
     "toy, gamma .25": ("toy", (20, 40), "--gamma", .25, "--grad_steps", 1),
-    "toy, gamma 0, grad_steps 5": ("toy", (20, 40, 60), "--gamma", 0, "--grad_steps", 5),
-    "toy, gamma .25, grad_steps 5": ("toy", (20, 40, 60), "--gamma", .25, "--grad_steps", 5)}
+    "toy, gamma 0, grad_steps 5": ("toy", (20, 60, 120, 240), "--gamma", 0, "--grad_steps", 5),
+    "toy, gamma .25, grad_steps 5": ("toy", (20, 60, 120, 240), "--gamma", .25, "--grad_steps", 5)}
 EACH = 2                                         # images per held-out prompt
 
 
@@ -167,7 +167,7 @@ def treated(out, jobs):
         each = {step: measured(name, seed, step)[1] for step in sorted({0, chosen, *steps})}
         results[name, seed] = chosen, {step: r | {"mean / area": r["detector mean"] / max(r["area"], .1)} for step, r in each.items()}
 
-    together(jobs, [lambda n=n, s=s: trained(n, s) for s in SEEDS for n in TREATED])
+    together(jobs, [lambda n=n, s=s: trained(n, s) for n in TREATED for s in SEEDS])
     torch.set_num_threads(1)
     rows = {}
     for name, (kind, steps, *_) in TREATED.items():                    # one at a time: models and judges are shared
