@@ -8,13 +8,14 @@ from common import condition, encode, encode_once, generate, generator, load_lor
 from diffdoctor import offline_loss
 from prompts.coco import image_data
 from toy import oracle
-from toy.scenes import COLOURS, RELATIONS, SHAPES, render, sample_scene
+from toy.scenes import COLOURS, RELATIONS, SHAPES, parse_caption, render, sample_scene
 
 from .diffdoctor import EACH, Treated
 from .tools import ROOT, SEEDS, mean, shrink, table, together, train
 
-INSTANCE, MAROON = "a [v] star", (.45, .07, .08) # DreamBooth: "[v]" is unknown to the tokenizer; no red of the toy world is so dark
-INSTANCE_UPDATES, INSTANCE_TREATED, GAMMAS = 300, 60, (0, .25)
+INSTANCE, LOOK = "a [v] star", "purple"          # "[v]" is unknown to the tokenizer, and learns to be purple
+INSTANCE_UPDATES, INSTANCE_LR, INSTANCE_TREATED, GAMMAS = 150, 3e-4, 60, (0, .25)
+GUIDANCE = 4
 
 
 def dreambooth(out, jobs):
@@ -25,8 +26,8 @@ def dreambooth(out, jobs):
     out.mkdir(parents=True, exist_ok=True)
     for name, prompts in dict(instance=[INSTANCE] * len(classes) + classes, unseen=unseen).items():
         (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
-    scenes = [sample_scene(np.random.default_rng([7, i]), "a red star") for i in range(6)]
-    pictures = [torch.from_numpy(render(dict(s, objects=[dict(s["objects"][0], rgb=np.array(MAROON))]))[0]).permute(2, 0, 1) for s in scenes]
+    scenes = [sample_scene(np.random.default_rng([7, i]), INSTANCE.replace("[v]", LOOK)) for i in range(6)]
+    pictures = [torch.from_numpy(render(s)[0]).permute(2, 0, 1) for s in scenes]
     prior = [(x, caption) for x, caption in image_data(ROOT / "toy" / "images", 64) if "star" in caption]
     folder, half = out / "pictures", [(x, INSTANCE) for x in pictures] * (len(prior) // len(pictures))      # of the regulariser: half of both
     folder.mkdir(exist_ok=True)
@@ -34,15 +35,15 @@ def dreambooth(out, jobs):
     for line, (x, _) in zip(lines, half + prior):
         to_pil(x).save(folder / line["file_name"])
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cpu, judges, plain = torch.device("cpu"), Treated(), [p.replace("[v]", "red") for p in unseen]
-    sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=20, guidance_scale=1.)
+    cpu, judges, plain = torch.device("cpu"), Treated(), [p.replace("[v]", LOOK) for p in unseen]
+    sampler = dict(scheduler="ddpm", eta=1., num_inference_steps=20, guidance_scale=GUIDANCE)
     torch.set_num_threads(1)
 
     def learn(folder, seed):
         """DreamBooth with prior preservation: half of a batch the instance, half other stars."""
         model = load_model("toy", cpu)
         encode_once(model, [INSTANCE, *(caption for _, caption in prior)])
-        optimizer, scheduler = torch.optim.AdamW(trainable(model, 8, seed), lr=1e-3), make_scheduler(model, "ddpm", 20)
+        optimizer, scheduler = torch.optim.AdamW(trainable(model, 8, seed), lr=INSTANCE_LR), make_scheduler(model, "ddpm", 20)
         for step in range(INSTANCE_UPDATES):
             draw = generator(seed, "dreambooth", step)
             batch = [(pictures[i], INSTANCE) for i in torch.randint(len(pictures), (4,), generator=draw)]
@@ -55,11 +56,9 @@ def dreambooth(out, jobs):
         save_weights(model, folder, 8)
 
     def instance(images):
-        """The share of images with a thing whose middle is nearer to the instance's colour than to any of the palette's, in RGB."""
-        colours = torch.tensor([MAROON, *COLOURS.values()])
-        centres = [[(int(64 * o["y"]), int(64 * o["x"])) for o in oracle.read(x)] for x in images]
-        middles = [[x[:, max(i - 2, 0):i + 3, max(j - 2, 0):j + 3].mean((1, 2)) for i, j in each] for x, each in zip(images, centres)]
-        return mean(float(any((colours - c).square().sum(1).argmin() == 0 for c in each)) for each in middles)
+        """The share of images with the instance: a star of its look, by the oracle's nearest reading."""
+        kind = parse_caption(INSTANCE.replace("[v]", LOOK))[0][0]
+        return mean(any(o["nearest"] == kind and o["area"] * oracle.SIZE ** 2 >= oracle.NOTABLE for o in oracle.read(x)) for x in images)
 
     def loras(seed):
         """{name of a row: its LoRA}"""
@@ -75,18 +74,18 @@ def dreambooth(out, jobs):
             learn(lora, seed)
         for gamma in GAMMAS:
             train(out, f"gamma_{gamma:g}_{seed}", "diffdoctor", "treat", "--grad_steps", 5, "--init_lora", lora, "--gamma", gamma, "--data",
-                  out / "pictures", "--prompts", out / "instance.txt", "--test_prompts", out / "unseen.txt", "--train_steps", INSTANCE_TREATED,
+                  out / "pictures", "--prompts", out / "instance.txt", "--test_prompts", out / "unseen.txt", "--guidance_scale", GUIDANCE, "--train_steps", INSTANCE_TREATED,
                   "--save_every", INSTANCE_TREATED // 2, "--patience", INSTANCE_TREATED, "--max_drift", 1e6, "--seed", seed)
 
     together(jobs, [lambda s=s: one(s) for s in SEEDS])
     model, rows = load_model("toy", cpu), {}
     encode_once(model, unseen + plain)
-    before = generate(model, plain, 0, sampler, EACH)
+    before = {"before DreamBooth": generate(model, unseen, 0, sampler, EACH), f'before DreamBooth, "{LOOK}" for "[v]"': generate(model, plain, 0, sampler, EACH)}
     trainable(model, 8)
     for seed in SEEDS:
         measured = out / f"measured_{seed}.pt"
         if not measured.exists():
-            sets = {'before DreamBooth, "red" for "[v]"': before} if seed == SEEDS[0] else {}
+            sets = dict(before) if seed == SEEDS[0] else {}
             for name, path in loras(seed).items():
                 load_lora(model, path)
                 sets[name] = generate(model, unseen, 0, sampler, EACH)
