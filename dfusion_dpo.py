@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tqdm import tqdm
 
-from common import (MODELS, REWARDS, Parser, Run, base_model, condition, decode, denoise, die, encode_once, generator, held_out, initial_latents,
+from common import (REWARDS, Parser, Run, base_model, condition, decode, denoise, die, encode_once, generator, held_out, initial_latents,
                     launch, load_model, load_reward, make_scheduler, nearest, pick_device, predict_x0, print_settings, read_prompts, row_of, save_grid,
                     trainable)
 
@@ -57,7 +57,7 @@ OURS = {   # rows the paper does not have
     "sd21": dict(PAPER["sd21"]),
     "sdxl": dict(PAPER["sd21"], resolution=1024),
     "toy": dict(train_steps=16, batch_size=64, images_per_prompt=8, inner_epochs=2, lr=1e-3, num_inference_steps=10, guidance_scale=1.,
-                trained_steps="4-3",                                      # where DPO's gradient is the reward's: README, "The gradient, measured"
+                trained_steps="4-3",                                      # where fused DPO's gradient comes nearest to the reward's: see README
                 adoption_threshold=1., lora_rank=8, resolution=64, reward="toy_clip", prompts="dfusion_toy.json",
                 mask_layer=5, item_token="next"),                         # 8 x 8; the first up block's 4 x 4 is too coarse for these objects
 }
@@ -67,7 +67,7 @@ MASK_QUANTILE = .8                                                        # ours
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--model", default="toy", help=f"{', '.join(MODELS)}; or a diffusers folder or hub id (id@revision)")
+    parser.add_argument("--model", default="toy", help=f"{', '.join(OURS)}; or a diffusers folder or hub id (id@revision)")
     row = parser.settings(argv, OURS)
     parser.add_argument("--reward", default=row["reward"], help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH")
     parser.add_argument("--algo", choices=("dpo", "ddpo", "dpok"), default="dpo", help="Eq. 6, 8 or 9")

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (MODELS, REWARDS, TOY, Parser, PickScore, Reward, Run, base_model, condition, decode, denoise, die, encode_once, generate,
+from common import (REWARDS, TOY, Parser, PickScore, Reward, Run, base_model, condition, decode, denoise, die, encode_once, generate,
                     generator, held_out, initial_latents, launch, load_detector, load_model, load_reward, make_scheduler, merged, pick_device,
                     print_settings, read_prompts, row_of, sample, save_grid, trainable)
 
@@ -62,7 +62,7 @@ SHOWN = 8                                                                 # held
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--model", default="toy", help=f"{', '.join(MODELS)}; or a diffusers folder or hub id (id@revision)")
+    parser.add_argument("--model", default="toy", help=f"{', '.join(OURS)}; or a diffusers folder or hub id (id@revision)")
     row = parser.settings(argv, OURS)
     parser.add_argument("--reward", help=f"artifact, {', '.join(REWARDS)}; name:PATH takes the weights from PATH")
     parser.add_argument("--concept", nargs=2, metavar=("BAD", "GOOD"), help="two texts: what is unwanted, and its neutral counterpart")

@@ -454,7 +454,7 @@ class Clock:
 def measure(name, script, argv, model, reward, detector, images, device, flops=None):
     """Runs WARM_UP + TIMED updates of a script and prints a row; returns FLOPs of an update, counted in the second one unless given."""
     import common
-    module, clock, rows, peak = importlib.import_module(script), Clock(device), [], 0
+    clock, rows, peak = Clock(device), [], 0
     decode, denoise, encode = (clock.watch(getattr(common, f), *how) for f, *how in (
         ("decode", "VAE", "reward", "gradient"), ("denoise", "denoiser"), ("encode", "VAE", "prefix")))
 

@@ -1,4 +1,4 @@
-"""The experiments behind the README's tables: their figures are printed by this file. Restartable: what is done is not done again.
+"""The experiments behind the README's tables: each prints its figures. Restartable: what is done is not done again.
 
   $ OMP_NUM_THREADS=1 python tests/claims.py refl --out claims --jobs 2             # 3 training runs and their images
   $ OMP_NUM_THREADS=1 python tests/claims.py imagerefl --out claims --jobs 2        # 12 more runs; uses refl's

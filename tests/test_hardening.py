@@ -216,7 +216,7 @@ def test_nan_is_named_and_left_out(world, tmp_path, monkeypatch, capsys, script,
 
 def test_nan_in_a_detector(world, tmp_path, monkeypatch, capsys):
     """Nor does it reach the running statistics of its batch norm, which the forward pass changes."""
-    start, augment = diffdoctor.start_detector, diffdoctor.augment
+    augment = diffdoctor.augment
     assert run(monkeypatch, diffdoctor, world[1]["detector"], tmp_path / "fine") == 0
     calls = []
 

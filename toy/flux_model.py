@@ -1,11 +1,11 @@
-"""toy/flux: a FLUX of 1.7 million weights on the latents of toy/sd's VAE, in the form of FLUX.1-schnell: few steps, no guidance. See make.py.
+"""toy/flux: a FLUX of 2 million weights on the latents of toy/sd's VAE, in the form of FLUX.1-schnell: few steps, no guidance. See make.py.
 
 A rectified flow goes in straight lines from noise to images: x = (1 - sigma) x0 + sigma noise, and the transformer puts out v = noise - x0. It is
 trained in three parts:
 
 1. On the training scenes: mean (v - (noise - x0))^2, one caption in ten left out. That brings layout and colours; outlines stay bent for long, as
    noise - x0 is a guess of what was drawn.
-2. On what toy/sd with guidance 3 says of the same states, which is the same whenever one asks: sharp shapes. `Teacher` has the flow of a U-Net.
+2. On toy/sd's own answer, with guidance 3, to such states. It is no guess: a state has one answer, and shapes get sharp. See `Teacher`.
 3. In few steps, as schnell: to do two of the teacher's steps in one. It learns that on the five states of its own way from noise to an image, where
    it will be asked, and so without images.
 """
@@ -133,7 +133,8 @@ def answers(teacher, captions, latents, part, batch=32):
             sigma = torch.from_numpy(1 - (rng.permutation(len(x0)) + rng.random(len(x0))) / len(x0)).float().to(DEVICE)      # in (0, 1], stratified
             x, rows = x0.lerp(noise, sigma[:, None, None]), torch.from_numpy(captions.row[start:start + batch]).to(DEVICE)
             out.append((x.half(), sigma, rows, teacher(x, sigma, rows).half()))
-        torch.save([torch.cat(tensors) for tensors in zip(*out)], path)
+        torch.save([torch.cat(tensors) for tensors in zip(*out)], path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
     return torch.load(path, map_location=DEVICE, weights_only=True)
 
 
@@ -180,8 +181,8 @@ def make_flux(vae, latents, captions, compiled=False):
     clip = CLIPTextModel.from_pretrained(ROOT / "clip", dtype=torch.float32).to(DEVICE).eval().requires_grad_(False)
     small, t5, captions = new_transformer(), new_t5(tokenizer), Captions(captions, tokenizer, clip)
     packed, teacher = FluxPipeline._pack_latents(latents, len(latents), 4, 16, 16), Teacher(captions)
-    train_on_scenes(small, t5, captions, packed)
     transformer = new_transformer(single_blocks=5)               # one more block, the identity at first: as many weights as fit in 6 MB
+    train_on_scenes(small, t5, captions, packed)
     transformer.load_state_dict(transformer.state_dict() | small.state_dict())
     if compiled:
         transformer.compile()

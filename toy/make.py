@@ -1,4 +1,4 @@
-"""Builds the toy world from nothing: scenes, networks, prompts, images, pictures and measurements.
+"""Builds the toy world from nothing: prompts, images and networks. Its pictures and figures: toy/measure.py.
 
   $ python toy/make.py                    # everything that is not there yet, in order; Ctrl-C and start again as you like
   $ python toy/make.py --stages vae sd    # some stages alone
@@ -29,6 +29,13 @@ VAE_STEPS, VAE_CROP_STEPS = 3000, 2300                            # the first on
 SD_STEPS = (3550, 5000)                                           # layout; shapes, twice
 
 
+def save_arrays(path, **arrays):
+    """All of it or nothing."""
+    with open(path.with_suffix(".tmp"), "wb") as f:
+        np.savez(f, **arrays)
+    path.with_suffix(".tmp").replace(path)
+
+
 def scenes():
     """The training scenes: images (N, 64, 64, 3) uint8, captions, and an object's centre for each; rendered once and cached."""
     path = WORK / "scenes.npz"
@@ -42,7 +49,7 @@ def scenes():
             captions.append(scene["caption"])
             o = scene["objects"][rng.integers(len(scene["objects"]))]
             centres.append((o["x"], o["y"]))
-        np.savez(path, images=images, captions=np.array(captions), centres=np.array(centres, np.float32))
+        save_arrays(path, images=images, captions=np.array(captions), centres=np.array(centres, np.float32))
     return np.load(path)
 
 
@@ -109,7 +116,7 @@ def latents_of_scenes():
     if not path.exists():
         vae, images = load_vae(), data["images"]
         z = [encode(vae, images[i:i + 64]).cpu() for i in tqdm(range(0, len(images), 64), desc="latents", mininterval=10)]
-        np.savez(path, latents=torch.cat(z).numpy())
+        save_arrays(path, latents=torch.cat(z).numpy())
     return torch.from_numpy(np.load(path)["latents"]), [str(c) for c in data["captions"]]
 
 

@@ -10,7 +10,7 @@ from common import decode, encode_once, generate, generator, initial_latents, lo
 from evaluate import Dino
 from toy import oracle
 
-from .tools import PROMPTS, ROOT, SEEDS, Judges, cell, json_lines, mean, shrink, subplots, together, train
+from .tools import IMAGES, PROMPTS, ROOT, SEEDS, Judges, cell, json_lines, mean, shrink, subplots, together, train
 
 FUSED = {"layers 3-6, steps 18-1 (the paper's)": ("3-6", "18-1"), "layer 3": ("3", "18-1"), "layers 2-4": ("2-4", "18-1"), "layers 3-5": ("3-5", "18-1"),
          "all layers": ("0-6", "18-1"), "steps 20-1": ("3-6", "20-1"), "steps 18-10": ("3-6", "18-10"), "steps 9-1": ("3-6", "9-1")}
@@ -77,15 +77,13 @@ def pairs_measured(out):
 
 
 ALGOS, METHODS = ("dpo", "ddpo", "dpok"), {"fused": (), "naive": ("--naive",)}
-UNSEEN = 8                                       # images of an unseen prompt
 SNAPSHOTS = (16, 32)                             # updates: after 8 and 16 rounds of 64 images, 8 prompts x 8; two updates each
 DFUSION = ("--micro_batch", 32, "--train_steps", SNAPSHOTS[-1], "--save_every", SNAPSHOTS[0])     # the rest: toy's row, from what `gradients` finds
-# one run each, attributes alone, seed 0: lr 4e-4 and 1e-3 fused, 1e-3 and 3e-3 naive; 1e-3 taken for all
 
 
 def training(out, jobs):
     """D-Fusion's Figures 6 and 7: do fused pairs teach more than naive ones, on unseen prompts? And section 4.4's ablation."""
-    tests, device = dfusion_dpo.read_items(dfusion_dpo.parse_args([]).prompts, "both")[1][:PROMPTS], torch.device("cpu")
+    tests, device = dfusion_dpo.read_items(str(ROOT / "prompts" / "dfusion_toy.json"), "both")[1][:PROMPTS], torch.device("cpu")
     kinds = {f"{algo}, {method}": ("--algo", algo, *words) for algo in ALGOS for method, words in METHODS.items()}
     kinds["dpo, fused, inverted trajectories"] = ("--algo", "dpo", "--trajectory", "inversion")
     runs = {(kind, s): out / f"{re.sub(', | ', '_', kind)}_{s}" for s in SEEDS for kind in kinds}
@@ -102,12 +100,12 @@ def training(out, jobs):
             encode_once(model, tests)
             if lora:
                 trainable(model, 8, init_lora=str(lora))
-            images, each = generate(model, tests, 1, sampler, UNSEEN), [p for p in tests for _ in range(UNSEEN)]
+            images, each = generate(model, tests, 1, sampler, IMAGES), [p for p in tests for _ in range(IMAGES)]
             with torch.no_grad():
                 clip = torch.cat([reward(images[i:i + 32], each[i:i + 32]) for i in range(0, len(each), 32)]).mean().item()
             done.parent.mkdir(exist_ok=True)
-            done.write_text(json.dumps(dict(toy_clip=clip) | judges(images, tests, UNSEEN)) + "\n")
-            save_grid(images.unflatten(0, (-1, UNSEEN))[:8].flatten(0, 1), done.with_suffix(".png"), columns=UNSEEN)
+            done.write_text(json.dumps(dict(toy_clip=clip) | judges(images, tests, IMAGES)) + "\n")
+            save_grid(images.unflatten(0, (-1, IMAGES))[:8].flatten(0, 1), done.with_suffix(".png"), columns=IMAGES)
         return json.loads(done.read_text())
 
     torch.set_num_threads(1)
@@ -147,12 +145,13 @@ def training(out, jobs):
 def gradients(out):
     """Why: is the gradient of a round the same as that of another, and as the reward's own? The reward's: backpropagated through all of sampling."""
     torch.set_num_threads(1)
+    notes = [""]
     lines = ["\nDPO's gradient at the base model, rounds of 64 images: mean cosine between rounds, and to the gradient of the mean reward (± its standard error)\n",
              "| guidance, steps | t | naive: between rounds | to the reward's | fused: between rounds | to the reward's |", "|---|---|---|---|---|---|"]
     for scale, T, rounds in ((1, 10, 4), (5, 20, 3)):
         done = out / f"gradients_{scale}_{T}.json"
         if not done.exists():
-            args = dfusion_dpo.parse_args(["--guidance_scale", str(scale), "--num_inference_steps", str(T), "--train_timesteps", str(T), "--out", str(out / "unused")])
+            args = dfusion_dpo.parse_args(["--guidance_scale", str(scale), "--num_inference_steps", str(T), "--out", str(out / "unused")])
             model, reward = load_model("toy", torch.device("cpu")), load_reward("toy_clip", torch.device("cpu"))[0]
             rows = dfusion_dpo.read_items(args.prompts, "attributes")[0][::5]              # 8 prompts, the same in all rounds
             encode_once(model, [row["prompt"] for row in rows])
@@ -167,7 +166,8 @@ def gradients(out):
                     p.grad = None
                 return vector / vector.norm()
 
-            for seed in range(2):                                         # 128 images; only gradients are kept
+            halves = []
+            for seed in range(2):                                         # 64 images each; only gradients are kept
                 for row in rows:
                     generators, texts = [generator(seed, "true", row["prompt"], k) for k in range(8)], [row["prompt"]] * 8
                     x = initial_latents(model, generators)
@@ -175,11 +175,12 @@ def gradients(out):
                         mu, sigma = dfusion_dpo.ddim_step(scheduler, dfusion_dpo.guided(model, x, t.expand(8), texts, scale), t.expand(8), x)
                         x = mu + sigma * initial_latents(model, generators)
                     (-reward(decode(model, x), texts).mean()).backward()
-            truth, found = take(), {}
+                halves.append(take())
+            truth, found = sum(halves) / sum(halves).norm(), {}
             groups = [range(a, min(a + T // 5, T - 1)) for a in range(0, T - 1, T // 5)]
             for number, naive in itertools.product(range(rounds), (True, False)):
                 args.naive = naive
-                pairs, _ = dfusion_dpo.sample_round(args, model, scheduler, reward, rows, modules, range(T // 10, T), {}, number)
+                pairs, _ = dfusion_dpo.sample_round(args, model, scheduler, reward, rows, modules, range(2, T), {}, number)
                 for steps in groups:
                     couples = torch.tensor([(p, i) for p in range(len(pairs.prompts)) for i in steps])
                     for part in couples.split(16):
@@ -190,12 +191,13 @@ def gradients(out):
                 v = torch.stack(vectors)
                 between, to_reward = (v @ v.T)[~torch.eye(rounds, dtype=bool)], v @ truth
                 table.append((scheduler.timesteps[steps].tolist(), naive, between.mean().item(), to_reward.mean().item(), (to_reward.std() / rounds ** .5).item()))
-            done.write_text(json.dumps(table) + "\n")
-        table = json.loads(done.read_text())
+            done.write_text(json.dumps(dict(halves=(halves[0] @ halves[1]).item(), table=table)) + "\n")
+        halves, table = json.loads(done.read_text()).values()
         for (t, _, *naive), (_, _, *fused) in zip(table[::2], table[1::2]):
             lines.append(f"| {scale}, {T} | {t[0]}" + (f" to {t[-1]}" if len(t) > 1 else "")
                          + "".join(f" | {a:+.2f} | {b:+.3f} ± {c:.3f}" for a, b, c in (naive, fused)) + " |")
-    return lines
+        notes.append(f"guidance {scale}: the reward's gradient over one half of its images and over the other: cosine {halves:+.2f}")
+    return lines + notes
 
 
 def dfusion(out, jobs):

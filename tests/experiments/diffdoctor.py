@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common import base_model, encode_once, generate, load_detector, load_lora, load_model, save_grid, trainable
-from diffdoctor import Labelled, detector_metrics, diagnose, overlay, read_labels, stop_reason
+from diffdoctor import Labelled, detector_metrics, diagnose, overlay, read_labels
 from toy import oracle
 from toy.artifacts import corrupt
 from toy.scenes import SHAPES, parse_caption, render, sample_scene
@@ -86,8 +86,10 @@ def ladder(out, jobs):
             return folder
 
         def step(command, folder, *words):
-            call(out, f"{command}_{seed}_{folder.name}", "diffdoctor", command, *words, "--out", folder,
-                 done=folder / ("scores.jsonl" if command == "score" else "meta.jsonl"))
+            done = folder / ("scores.jsonl" if command == "score" else "meta.jsonl")
+            if command != "import_labels" and not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)                 # killed half-way
+            call(out, f"{command}_{seed}_{folder.name}", "diffdoctor", command, *words, "--out", folder, done=done)
         zeroth, first = detector("previous labels", data["human"], real=False), detector("+ photographs", data["human"])
         for name, detected in (("previous", zeroth), ("photographs", first)):
             step("score", at / f"scores_{name}", "--detector", detected, "--images", pool)
@@ -159,26 +161,17 @@ def treated(out, jobs):
         train(out, run_of(name, seed).name, "diffdoctor", "treat", "--model", kind, "--seed", seed, "--train_steps", steps[-1],
               "--save_every", steps[0], "--patience", steps[-1], "--max_drift", 1e6, *words)
 
-    def one(name, seed):
-        steps, log = TREATED[name][1], [row for row in json_lines(run_of(name, seed) / "log.jsonl") if "test_mean" in row]
-        history = [(float("inf"), 0.)] + [(row["test_mean"], row["test_drift"]) for row in log]           # the script's own rule, at its defaults
-        end = next((i for i in range(1, len(history)) if stop_reason(history[:i + 1], 3, .5)), len(log))
-        chosen = min([row for row in log[:end] if row["test_drift"] <= .5], key=lambda row: row["test_mean"], default=dict(step=0))["step"]
-        each = {step: measured(name, seed, step)[1] for step in sorted({0, chosen, *steps})}
-        results[name, seed] = chosen, {step: r | {"mean / area": r["detector mean"] / max(r["area"], .1)} for step, r in each.items()}
-
     together(jobs, [lambda n=n, s=s: trained(n, s) for n in TREATED for s in SEEDS])
     torch.set_num_threads(1)
     rows = {}
     for name, (kind, steps, *_) in TREATED.items():                    # one at a time: models and judges are shared
         for seed in SEEDS:
-            one(name, seed)
-        rows[f"{kind}, before"] = [results[name, SEEDS[0]][1][0]]
+            each = {step: measured(name, seed, step)[1] for step in (0, *steps)}
+            results[name, seed] = {step: r | {"mean / area": r["detector mean"] / max(r["area"], .1)} for step, r in each.items()}
+        rows[f"{kind}, before"] = [results[name, SEEDS[0]][0]]
         for step in steps:
-            rows[f"{name}: {step} updates"] = [results[name, s][1][step] for s in SEEDS]
-        found = [results[name, s] for s in SEEDS]
-        rows[f"{name}: where the script stops ({', '.join(str(chosen) for chosen, _ in found)})"] = [each[chosen] for chosen, each in found]
-        table(out / "treated.md", rows, 2)
+            rows[f"{name}: {step} updates"] = [results[name, s][step] for s in SEEDS]
+    table(out / "treated.md", rows, 2)
 
     shown = ("detector mean", "detector_b mean", "toy_correct", "too few", "drift")
     figure, axes = subplots(2, len(shown), 3, 2.5)
@@ -186,10 +179,8 @@ def treated(out, jobs):
         for axis, field in zip(row, shown):
             for name, colour in zip([n for n in TREATED if TREATED[n][0] == kind], ("tab:red", "tab:blue", "tab:green", "tab:orange")):
                 for s in SEEDS:
-                    chosen, curve = results[name, s]
-                    label = name.removeprefix(f"{kind}, ") if s == SEEDS[0] else None
+                    label, curve = name.removeprefix(f"{kind}, ") if s == SEEDS[0] else None, results[name, s]
                     axis.plot(list(curve), [r[field] for r in curve.values()], color=colour, alpha=.7, label=label)
-                    axis.plot(chosen, curve[chosen][field], "o", color=colour, markersize=4)
             axis.set(title=field + ", %" * ("detector" in field), xlabel=f"updates of {kind}")
         row[0].legend(fontsize=7)
     figure.savefig(out / "over_updates.png", dpi=70)

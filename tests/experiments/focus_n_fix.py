@@ -74,7 +74,7 @@ def focus_n_fix(out, jobs):
             rows.append(dict(own, psnr=drift["psnr"]["mean"], dino=drift["dino"]["mean"],
                              **{m: measured["folders"][str(folder)][m]["mean"] for m in ("toy_correct", "toy_pref_b")}, area=mask.mean().item()))
         if case == "concept":                                             # prompts that have nothing to do with it
-            for row, folder, mode in ((rows[0], f"{name}_unrelated_0", "base"), (rows[-1], f"{name}_unrelated", "tuned")):
+            for row, folder, mode in ((rows[0], "unrelated_0", "base"), (rows[-1], f"{name}_unrelated", "tuned")):
                 guidance = ("--base_guidance_scale", 4) if mode == "base" else ()
                 folder = images(out, folder, "--lora", run, "--mode", mode, *guidance, prompts=out / "unrelated.txt", num_images=2)
                 done = out / "metrics" / f"{folder.name}.json"

@@ -2,7 +2,7 @@
 import shutil
 
 from .refl import METRICS, metrics, renders
-from .tools import IMAGES, PROMPTS, ROOT, SEEDS, call, held_out_prompts, images, mean, subplots, table, together, train
+from .tools import IMAGES, PROMPTS, ROOT, SEEDS, call, held_out_prompts, images, mean, prompt_file, subplots, table, together, train
 
 BASE_STEPS = (5, 8, 11, 14, 17)                  # of 20: the switch points of combined generation
 SWITCH = 11                                      # the one that the ablations are shown at
@@ -13,9 +13,7 @@ REFL_EARLIER = "step_000120"                     # ReFL stopped earlier, for com
 
 def training_prompts(out):
     """For choices: what is tuned is tuned on these, and reported on the held-out ones."""
-    path = out / "training_prompts.txt"
-    path.write_text("\n".join((ROOT / "toy" / "prompts_train.txt").read_text().splitlines()[:PROMPTS]) + "\n")
-    return path
+    return prompt_file(out / "training_prompts.txt", (ROOT / "toy" / "prompts_train.txt").read_text().splitlines()[:PROMPTS])
 
 
 def imagerefl(out, jobs):

@@ -42,11 +42,17 @@ def together(jobs, calls):
             result.result()
 
 
-def held_out_prompts(out):
-    path = out / "prompts.txt"
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join((ROOT / "toy" / "prompts_test.txt").read_text().splitlines()[:PROMPTS]) + "\n")
+def prompt_file(path, prompts):
+    """Written once: another job may be reading it."""
+    text = "\n".join(prompts) + "\n"
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return path
+
+
+def held_out_prompts(out):
+    return prompt_file(out / "prompts.txt", (ROOT / "toy" / "prompts_test.txt").read_text().splitlines()[:PROMPTS])
 
 
 def images(out, name, *words, prompts=None, num_images=IMAGES):
@@ -60,13 +66,15 @@ def images(out, name, *words, prompts=None, num_images=IMAGES):
 
 
 def train(out, name, script, *words):
-    """One training run, continued if it was cut off; returns its folder."""
+    """One training run, continued if it was cut off, made anew if a number among its flags is another now; returns its folder."""
     run = out / name
-    config = run / "config.json"
-    if not (run / "checkpoint" / "state.pt").exists():
-        shutil.rmtree(run, ignore_errors=True)                            # killed before its first snapshot
-    if not config.exists() or not (run / "lora" / f"step_{json.loads(config.read_text())['train_steps']:06d}").exists():
-        call(out, name, script, *words, "--out", run, *(["--resume"] if (run / "checkpoint" / "state.pt").exists() else []))
+    config = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
+    other = any(config.get(flag[2:]) != value for flag, value in zip(words, words[1:]) if isinstance(value, (int, float)))
+    if other or not (run / "checkpoint" / "state.pt").exists():
+        shutil.rmtree(run, ignore_errors=True)                            # or killed before its first snapshot
+        config = {}
+    if not config or not (run / "lora" / f"step_{config['train_steps']:06d}").exists():
+        call(out, name, script, *words, "--out", run, *(["--resume"] if config else []))
     return run
 
 
