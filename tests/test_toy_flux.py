@@ -175,7 +175,7 @@ def test_training_and_combined_generation_run_on_it(folder, tmp_path, capsys):
     run("refl", *short, "--test_prompts", tmp_path / "one.txt", "--out", tmp_path / "refl")
     rows = [json.loads(line) for line in (tmp_path / "refl" / "log.jsonl").read_text().splitlines()]
     assert all(row["mid"] in (3, 4) and row["grad_norm"] > 0 for row in rows) and "test_reward" in rows[-1]
-    run("diffdoctor", "treat", *short, "--test_prompts", tmp_path / "one.txt", "--out", tmp_path / "treat")
+    run("diffdoctor", "treat", *short, "--gamma", .25, "--test_prompts", tmp_path / "one.txt", "--out", tmp_path / "treat")
     rows = [json.loads(line) for line in (tmp_path / "treat" / "log.jsonl").read_text().splitlines()]
     assert all(row["offline"] > 0 and row["grad_norm"] > 0 for row in rows)
     for name in ("refl", "treat"):

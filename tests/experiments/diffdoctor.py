@@ -19,14 +19,17 @@ from .tools import ROOT, SEEDS, Judges, call, held_out_prompts, json_lines, mean
 LADDER = dict(human=1500, photos=800, pool=2400, test=400)            # images; DiffDoctor's detector
 DETECTOR_UPDATES = 1000
 TREATED = {  # DiffDoctor's runs: model, measured after so many updates, flags
-    "toy-flux, gamma 0": ("toy-flux", (40, 120, 240, 480, 720), "--gamma", 0),
-    "toy-flux, gamma .25": ("toy-flux", (40, 120, 240, 480, 720), "--gamma", .25),
-    "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 120), "--gamma", 0, "--pixels", "max"),
+    "toy-flux, gamma 0": ("toy-flux", (40, 120, 240, 480, 720), "--gamma", 0, "--grad_steps", 1),
+    "toy-flux, gamma .25": ("toy-flux", (40, 120, 240, 480, 720), "--gamma", .25, "--grad_steps", 1),
+    "toy-flux, gamma 0, max pixel": ("toy-flux", (40, 120), "--gamma", 0, "--grad_steps", 1, "--pixels", "max"),
     "toy-flux, gamma 0, grad_steps 5": ("toy-flux", (40, 120, 240), "--gamma", 0, "--grad_steps", 5),
     "toy, gamma 0": ("toy", (20, 40), "--gamma", 0, "--grad_steps", 1),
     "toy, gamma .25": ("toy", (20, 40), "--gamma", .25, "--grad_steps", 1),
     "toy, gamma 0, grad_steps 5": ("toy", (20, 60, 120, 240), "--gamma", 0, "--grad_steps", 5),
     "toy, gamma .25, grad_steps 5": ("toy", (20, 60, 120, 240), "--gamma", .25, "--grad_steps", 5)}
+SHOWN = {  # columns of the pictures, each with its overlay, after the images before
+    "toy-flux": [("toy-flux, gamma 0, grad_steps 5", 240), *((f"toy-flux, gamma {g}", n) for n in (120, 720) for g in ("0", ".25"))],
+    "toy": [(f"toy, gamma {g}, grad_steps 5", n) for n in (60, 240) for g in ("0", ".25")]}
 EACH = 2                                         # images per held-out prompt
 
 
@@ -132,6 +135,16 @@ class Treated(Judges):
             "drift": ((images - before).abs().mean() / (before - before.roll(1, 0)).abs().mean()).item()}
 
 
+def grain(images):
+    """What no judge here sees: root mean square of the background's deviation from a smooth surface, in percent."""
+    rows = []
+    for image in map(oracle.to_array, images):
+        background = oracle.background_of(image)
+        rest = ~oracle.grow(oracle.segment(image, background) > 0, 3)
+        rows.append(100 * ((image - background)[rest] ** 2).mean() ** .5)
+    return mean(rows)
+
+
 def treated(out, jobs):
     """DiffDoctor's Table 2 and Figures 4 and 5: artifacts for both detectors, captions and quality over long training."""
     prompts, judges, models, results = held_out_prompts(out).read_text().splitlines(), Treated(), {}, {}
@@ -166,14 +179,14 @@ def treated(out, jobs):
     rows = {}
     for name, (kind, steps, *_) in TREATED.items():                    # one at a time: models and judges are shared
         for seed in SEEDS:
-            each = {step: measured(name, seed, step)[1] for step in (0, *steps)}
-            results[name, seed] = {step: r | {"mean / area": r["detector mean"] / max(r["area"], .1)} for step, r in each.items()}
+            each = {step: measured(name, seed, step) for step in (0, *steps)}
+            results[name, seed] = {step: r | {"mean / area": r["detector mean"] / max(r["area"], .1), "grain": grain(x)} for step, (x, r) in each.items()}
         rows[f"{kind}, before"] = [results[name, SEEDS[0]][0]]
         for step in steps:
             rows[f"{name}: {step} updates"] = [results[name, s][step] for s in SEEDS]
     table(out / "treated.md", rows, 2)
 
-    shown = ("detector mean", "detector_b mean", "toy_correct", "too few", "drift")
+    shown = ("detector mean", "detector_b mean", "toy_correct", "too few", "grain", "drift")
     figure, axes = subplots(2, len(shown), 3, 2.5)
     for row, kind in zip(axes, ("toy-flux", "toy")):
         for axis, field in zip(row, shown):
@@ -184,9 +197,8 @@ def treated(out, jobs):
             axis.set(title=field + ", %" * ("detector" in field), xlabel=f"updates of {kind}")
         row[0].legend(fontsize=7)
     figure.savefig(out / "over_updates.png", dpi=70)
-    for kind, names in {"toy-flux": list(TREATED)[:2], "toy": list(TREATED)[-2:]}.items():
-        columns = [(names[0], 0), *((n, TREATED[n][1][k]) for k in (0, -1) for n in names)]
-        sets = [measured(n, SEEDS[0], step)[0][::4 * EACH] for n, step in columns]                      # one image of every fourth prompt
+    for kind, columns in SHOWN.items():
+        sets = [measured(n, SEEDS[0], step)[0][::4 * EACH] for n, step in ((columns[0][0], 0), *columns)]         # one image of every fourth prompt
         sets = [x for images in sets for x in (images, overlay(images, judges.detectors["detector"](images)))]
         save_grid(torch.stack([x for row in zip(*sets) for x in row]), out / f"treated_{kind}.png", columns=len(sets))
     for path in out.glob("*.png"):
