@@ -187,8 +187,8 @@ def gradients(out):
                         (dfusion_dpo.pair_loss(args, model, scheduler, pairs, *part.T)[0] * len(part) / len(couples)).backward()
                     found.setdefault((steps, naive), []).append(take())
             table = []
-            for (steps, naive), vectors in found.items():
-                v = torch.stack(vectors)
+            for steps, naive in itertools.product(groups, (True, False)):
+                v = torch.stack(found[steps, naive])
                 between, to_reward = (v @ v.T)[~torch.eye(rounds, dtype=bool)], v @ truth
                 table.append((scheduler.timesteps[steps].tolist(), naive, between.mean().item(), to_reward.mean().item(), (to_reward.std() / rounds ** .5).item()))
             done.write_text(json.dumps(dict(halves=(halves[0] @ halves[1]).item(), table=table)) + "\n")
