@@ -99,7 +99,7 @@ class Teacher:
 
     With r = |(1 - sigma, sigma)| the state x / r is one of Stable Diffusion's: sqrt(alpha_bar) = (1 - sigma) / r names its timestep, the last one for
     all sigma above .94. The U-Net's v gives x0 = ((1 - sigma) x / r - sigma v) / r, and noise - x0 = (x - x0) / sigma. In ten Euler steps of this
-    flow toy/sd is as good as in twenty of its own."""
+    flow, guidance 3, toy/sd's pictures are recognised in 1.00 (one object) and .93 (two) of 60 each: about as good as in twenty of its own."""
 
     def __init__(self, captions):
         self.unet = UNet2DConditionModel.from_pretrained(ROOT / "sd" / "unet", torch_dtype=torch.float32).to(DEVICE).eval().requires_grad_(False)
