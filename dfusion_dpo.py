@@ -82,7 +82,7 @@ def parse_args(argv=None):
     parser.add_argument("--micro_batch", type=int, default=8, help="images per gradient pass, an image being one timestep of one trajectory")
     parser.add_argument("--inner_epochs", type=int, default=row["inner_epochs"], help="updates on a round's pairs")
     parser.add_argument("--trained_steps", help="timesteps that are trained on, counted down to 1, as 20-6 (all; toy, of 10: 4-3)")
-    parser.add_argument("--train_timesteps", type=int, default=row.get("train_timesteps"), help="so many of them, drawn anew for each pair (all)")
+    parser.add_argument("--train_timesteps", type=int, help="so many of them, drawn anew for each pair (all)")
     parser.add_argument("--resolution", type=int, default=row["resolution"], help="pixels")
     parser.add_argument("--num_inference_steps", type=int, default=row["num_inference_steps"], help="sampling steps, in training and after")
     parser.add_argument("--guidance_scale", type=float, default=row["guidance_scale"], help="of the policy, in training and after; 1: none")

@@ -3,8 +3,12 @@ import importlib
 import json
 
 import claims
+import numpy as np
 import pytest
-from experiments import tools
+import torch
+from experiments import diffdoctor, tools
+
+from toy.scenes import render, sample_scene
 
 
 @pytest.mark.parametrize("name", claims.EXPERIMENTS)
@@ -39,3 +43,9 @@ def test_a_table(tmp_path, capsys):
     text = "head\n\n| | x | y |\n|---|---|---|\n| a | 1.0 | 0.5 |\n| b | 2.0 ± 1.4 | 1.0 ± 0.0 |\n"
     assert (tmp_path / "t.md").read_text() == text == capsys.readouterr().out
     assert json.loads((tmp_path / "t.json").read_text())["b"] == [dict(x=1, y=1), dict(x=3, y=1)]
+
+
+def test_grain_sees_stripes_in_the_background_and_not_the_things():
+    image = torch.from_numpy(render(sample_scene(np.random.default_rng(0), "a red circle left of a blue square"))[0]).permute(2, 0, 1)
+    rows = .05 * (torch.arange(64) // 2 % 2 * 2 - 1)[None, :, None]
+    assert diffdoctor.grain([image]) < .5 and 4.5 < diffdoctor.grain([(image + rows).clamp(0, 1)]) < 6                # percent

@@ -111,7 +111,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x, sigma, rows):
-        packed, x = x, FluxPipeline._unpack_latents(x, 16, 16, 1)
+        x = FluxPipeline._unpack_latents(x, 16, 16, 1)
         t, sigma = (self.sigmas - sigma[:, None]).abs().argmin(1), sigma[:, None, None, None]
         r = ((1 - sigma) ** 2 + sigma ** 2).sqrt()
         with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -119,7 +119,7 @@ class Teacher:
         without, with_caption = v.chunk(2)
         v = without + GUIDANCE * (with_caption - without)
         x0 = ((1 - sigma) * x / r - sigma * v) / r
-        return FluxPipeline._pack_latents((x - x0) / sigma, len(x), 4, 16, 16).view_as(packed)
+        return FluxPipeline._pack_latents((x - x0) / sigma, len(x), 4, 16, 16)
 
 
 def answers(teacher, captions, latents, part, batch=32):

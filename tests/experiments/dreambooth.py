@@ -4,14 +4,15 @@ import json
 import numpy as np
 import torch
 
-from common import condition, encode, encode_once, generate, generator, load_lora, load_model, make_scheduler, save_grid, save_weights, to_pil, trainable
+from common import (base_model, condition, encode, encode_once, generate, generator, load_lora, load_model, make_scheduler, read_prompts, save_grid,
+                    save_weights, to_pil, trainable)
 from diffdoctor import offline_loss
 from prompts.coco import image_data
 from toy import oracle
 from toy.scenes import COLOURS, RELATIONS, SHAPES, parse_caption, render, sample_scene
 
 from .diffdoctor import EACH, Treated
-from .tools import ROOT, SEEDS, mean, shrink, table, together, train
+from .tools import ROOT, SEEDS, mean, prompt_file, shrink, table, together, train
 
 INSTANCE, LOOK = "a [v] star", "purple"          # "[v]" is unknown to the tokenizer, and learns to be purple
 INSTANCE_UPDATES, INSTANCE_LR, INSTANCE_TREATED, GAMMAS = 150, 3e-4, 60, (0, .25)
@@ -22,10 +23,9 @@ def dreambooth(out, jobs):
     """DiffDoctor's section 4.3: a LoRA that has learned one thing from six pictures is treated; is the thing still there in unseen prompts?"""
     others = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES if shape != "star"]
     unseen = [f"{a} {RELATIONS[i % 2]} {b}" for i, o in enumerate(others) for a, b in ((INSTANCE, o), (o, INSTANCE))]
-    classes = [p for p in (ROOT / "toy" / "prompts_train.txt").read_text().splitlines() if "star" in p]
-    out.mkdir(parents=True, exist_ok=True)
+    classes = [p for p in read_prompts(ROOT / "toy" / "prompts_train.txt") if "star" in p]
     for name, prompts in dict(instance=[INSTANCE] * len(classes) + classes, unseen=unseen).items():
-        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+        prompt_file(out / f"{name}.txt", prompts)
     scenes = [sample_scene(np.random.default_rng([7, i]), INSTANCE.replace("[v]", LOOK)) for i in range(6)]
     pictures = [torch.from_numpy(render(s)[0]).permute(2, 0, 1) for s in scenes]
     prior = [(x, caption) for x, caption in image_data(ROOT / "toy" / "images", 64) if "star" in caption]
@@ -74,18 +74,21 @@ def dreambooth(out, jobs):
             learn(lora, seed)
         for gamma in GAMMAS:
             train(out, f"gamma_{gamma:g}_{seed}", "diffdoctor", "treat", "--grad_steps", 5, "--init_lora", lora, "--gamma", gamma, "--data",
-                  out / "pictures", "--prompts", out / "instance.txt", "--test_prompts", out / "unseen.txt", "--guidance_scale", GUIDANCE, "--train_steps", INSTANCE_TREATED,
-                  "--save_every", INSTANCE_TREATED // 2, "--patience", INSTANCE_TREATED, "--max_drift", 1e6, "--seed", seed)
+                  out / "pictures", "--prompts", out / "instance.txt", "--test_prompts", out / "unseen.txt",
+                  "--guidance_scale", GUIDANCE, "--train_steps", INSTANCE_TREATED, "--save_every", INSTANCE_TREATED // 2, "--patience", INSTANCE_TREATED, "--max_drift", 1e6, "--seed", seed)
 
     together(jobs, [lambda s=s: one(s) for s in SEEDS])
     model, rows = load_model("toy", cpu), {}
     encode_once(model, unseen + plain)
-    before = {"before DreamBooth": generate(model, unseen, 0, sampler, EACH), f'before DreamBooth, "{LOOK}" for "[v]"': generate(model, plain, 0, sampler, EACH)}
     trainable(model, 8)
     for seed in SEEDS:
         measured = out / f"measured_{seed}.pt"
         if not measured.exists():
-            sets = dict(before) if seed == SEEDS[0] else {}
+            sets = {}
+            if seed == SEEDS[0]:
+                with base_model(model):
+                    sets = {"before DreamBooth": generate(model, unseen, 0, sampler, EACH),
+                            f'before DreamBooth, "{LOOK}" for "[v]"': generate(model, plain, 0, sampler, EACH)}
             for name, path in loras(seed).items():
                 load_lora(model, path)
                 sets[name] = generate(model, unseen, 0, sampler, EACH)

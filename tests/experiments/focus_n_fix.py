@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import load_detector, load_reward, save_grid
+from common import load_detector, load_reward, read_prompts, save_grid
 from focus_n_fix import THRESHOLD, change, concept_reward, grad_cam, last_norm, problem_mask
 
-from .tools import PROMPTS, ROOT, SEEDS, call, cell, images, json_lines, mean, shrink, subplots, together, train
+from .tools import PROMPTS, ROOT, SEEDS, call, cell, images, json_lines, mean, prompt_file, shrink, subplots, together, train
 
 BETAS = dict(heatmap=(0, .5), concept=(0, 3))    # Focus-N-Fix; 0 is DRaFT
 CONCEPT_LR = 3e-4                                # at the default 1e-3 DRaFT and beta 1 both end in pictures that no longer show any caption
@@ -27,12 +27,11 @@ def read_folder(folder):
 
 def focus_n_fix(out, jobs):
     """The same gain inside of the region for a smaller change outside? DRaFT (beta 0) against the regional term, at equal reward."""
-    lists = {name: (ROOT / "toy" / f"prompts_{name}.txt").read_text().splitlines() for name in ("train", "test")}
+    lists = {name: read_prompts(ROOT / "toy" / f"prompts_{name}.txt") for name in ("train", "test")}
     files = dict(test=lists["test"][:PROMPTS], red_train=[p for p in lists["train"] if "red" in p], red_test=[p for p in lists["test"] if "red" in p][:PROMPTS],
                  unrelated=[p for p in lists["test"] if "red" not in p][:PROMPTS])
-    out.mkdir(parents=True, exist_ok=True)
     for name, prompts in files.items():
-        (out / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+        prompt_file(out / f"{name}.txt", prompts)
     words = dict(heatmap=[], concept=["--concept", *CONCEPT, "--lr", CONCEPT_LR, "--prompts", out / "red_train.txt", "--test_prompts", out / "red_test.txt"])
     prompts = dict(heatmap=out / "test.txt", concept=out / "red_test.txt")
     detector, detector_b = (load_detector(ROOT / "toy" / name, torch.device("cpu")) for name in ("detector", "detector_b"))

@@ -1,6 +1,8 @@
 """ImageReFL on the toy world, beside the same seeds of ReFL."""
 import shutil
 
+from common import read_prompts
+
 from .refl import METRICS, metrics, renders
 from .tools import IMAGES, PROMPTS, ROOT, SEEDS, call, held_out_prompts, images, mean, prompt_file, subplots, table, together, train
 
@@ -13,7 +15,7 @@ REFL_EARLIER = "step_000120"                     # ReFL stopped earlier, for com
 
 def training_prompts(out):
     """For choices: what is tuned is tuned on these, and reported on the held-out ones."""
-    return prompt_file(out / "training_prompts.txt", (ROOT / "toy" / "prompts_train.txt").read_text().splitlines()[:PROMPTS])
+    return prompt_file(out / "training_prompts.txt", read_prompts(ROOT / "toy" / "prompts_train.txt")[:PROMPTS])
 
 
 def imagerefl(out, jobs):

@@ -11,7 +11,7 @@ import matplotlib
 import torch
 from PIL import Image
 
-from common import load_reward
+from common import load_reward, read_prompts
 from evaluate import Dino
 from toy import oracle
 
@@ -52,7 +52,7 @@ def prompt_file(path, prompts):
 
 
 def held_out_prompts(out):
-    return prompt_file(out / "prompts.txt", (ROOT / "toy" / "prompts_test.txt").read_text().splitlines()[:PROMPTS])
+    return prompt_file(out / "prompts.txt", read_prompts(ROOT / "toy" / "prompts_test.txt")[:PROMPTS])
 
 
 def images(out, name, *words, prompts=None, num_images=IMAGES):
