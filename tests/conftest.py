@@ -1,17 +1,273 @@
-"""The repository's root on the path, so that `pytest` alone finds the scripts, however it is started; and a fixture."""
+"""Helpers and fixtures of all tests: tiny random models, small files, and runs of a script.
+
+No test reads or writes the working folder: each runs in a folder of its own.
+"""
+
+import contextlib
+import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+# The tests never ask the hub, also where a network is there.
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import generator
+from run_folder import readable_errors, to_pil
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    "a red circle",
+    "a blue square above a green circle",
+    "a yellow triangle",
+    "a purple square",
+]
+TEXT_WIDTH = 16
+TEXT_CONFIG = dict(
+    vocab_size=79,
+    hidden_size=TEXT_WIDTH,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=12,
+    projection_dim=TEXT_WIDTH,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """For networks that are too small for more."""
-    threads = torch.get_num_threads()
+# --------------------------------------------------------------------------------------------------
+# Tiny random pipelines of 16 x 16 pixels, whose latents are 4 x 8 x 8
+
+
+def write_sd(folder, family="sd", prediction_type="epsilon", seed=0):
+    """Writes a random "sd" or "sdxl" pipeline in the diffusers format -> its folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        extra = {}
+        if family == "sdxl":
+            # Pooled text and six sizes of 8 channels each go into the time embedding.
+            extra = dict(
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 8,
+            )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=2 * TEXT_WIDTH if family == "sdxl" else TEXT_WIDTH,
+            use_linear_projection=family == "sdxl",
+            **extra,
+        )
+        vae = tiny_vae(scaling_factor=0.5)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
+        scheduler = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        )
+        parts = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet)
+        parts.update(scheduler=scheduler, feature_extractor=None)
+        if family == "sdxl":
+            text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_CONFIG))
+            parts.update(text_encoder_2=text_encoder_2, tokenizer_2=tokenizer)
+            pipe = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True)
+        else:
+            pipe = StableDiffusionPipeline(
+                **parts, safety_checker=None, requires_safety_checker=False
+            )
+        randomize(pipe)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def write_flux(folder, dev=False, seed=0):
+    """Writes a random FLUX pipeline in the form of schnell or dev -> its folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_WIDTH,
+            pooled_projection_dim=TEXT_WIDTH,
+            guidance_embeds=dev,
+            axes_dims_rope=(4, 6, 6),
+        )
+        no_quant = dict(use_quant_conv=False, use_post_quant_conv=False)
+        vae = tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, **no_quant)
+        t5_config = T5Config(
+            vocab_size=79,
+            d_model=TEXT_WIDTH,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            pad_token_id=1,
+            eos_token_id=1,
+            feed_forward_proj="gated-gelu",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if dev else 1.0, use_dynamic_shifting=dev
+        )
+        pipe = FluxPipeline(
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)),
+            tokenizer=tokenizer,
+            text_encoder_2=T5EncoderModel(t5_config),
+            tokenizer_2=tokenizer,
+            transformer=transformer,
+        )
+        randomize(pipe)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_vae(**options):
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **options,
+    )
+
+
+def randomize(pipe):
+    """Moves every weight off its start: no weight stays zero, and no norm the identity."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            for p in part.parameters():
+                p.data += 0.05 * torch.randn_like(p)
+    # CLIP's own start is so small that all prompts would read alike.
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder"):
+            for p in part.parameters():
+                p.data *= 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Fixtures
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder, on one thread: more do not help networks this small."""
+    monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Small files that many tests use, as paths (strings):
+
+    sd, sd_v, sdxl, flux, flux_dev   tiny random models
+    prompts, one                     text files with the four PROMPTS, and with the first of them
+    images                           a folder with four random images of 16 x 16 pixels
+    items                            D-Fusion's JSON with one prompt, two items and thresholds
+    """
+    root = tmp_path_factory.mktemp("world")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    (root / "one.txt").write_text(PROMPTS[0] + "\n")
+    (root / "images").mkdir()
+    lines = []
+    for i, prompt in enumerate(PROMPTS):
+        pixels = torch.rand(3, 16, 16, generator=generator(0, "image", i))
+        to_pil(pixels).save(root / "images" / f"{i}.png")
+        lines.append(json.dumps(dict(file_name=f"{i}.png", text=prompt)) + "\n")
+    (root / "images" / "metadata.jsonl").write_text("".join(lines))
+    items = dict(prompt=PROMPTS[1], items=["blue square", "circle"], thresholds=[0.08, 0.08])
+    (root / "items.json").write_text(json.dumps({"one": dict(train=[items], test=PROMPTS[:1])}))
+    return SimpleNamespace(
+        root=root,
+        sd=write_sd(root / "sd"),
+        sd_v=write_sd(root / "sd_v", prediction_type="v_prediction", seed=1),
+        sdxl=write_sd(root / "sdxl", "sdxl", seed=2),
+        flux=write_flux(root / "flux", seed=3),
+        flux_dev=write_flux(root / "flux_dev", dev=True, seed=4),
+        prompts=str(root / "prompts.txt"),
+        one=str(root / "one.txt"),
+        images=str(root / "images"),
+        items=str(root / "items.json"),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Running a script, and reading what it left
+
+
+def run_script(module, *words):
+    """Runs a script's command line in this process -> its exit status or message, 0 if all is well.
+
+    For example run_script(refl, "--train_steps", 2, "--out", "run").
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            args = module.parse_args([str(word) for word in words])
+            stack.enter_context(readable_errors(args))
+            module.main(args)
+        except SystemExit as error:
+            return error.code
+    return 0
+
+
+def read_log(run):
+    """The rows of a run's log without their times, which differ from run to run."""
+    rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds", None)
+    return rows
+
+
+def read_weights_of_run(run):
+    """The tensors of a run's LoRA, or of its full weights."""
+    run = Path(run)
+    candidates = [
+        run / "lora" / "pytorch_lora_weights.safetensors",
+        run / "model" / "unet" / "diffusion_pytorch_model.safetensors",
+        run / "model" / "detector" / "model.safetensors",
+    ]
+    (file,) = [path for path in candidates if path.is_file()]
+    return load_file(file)
+
+
+def same_tensors(first, second):
+    """Whether two dicts of tensors have equal names and equal bits."""
+    if first.keys() != second.keys():
+        return False
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def random_lora(params, size=0.3):
+    """Fills LoRA parameters with fixed random numbers, so that the LoRA changes the model."""
+    for i, p in enumerate(params):
+        p.data = size * torch.randn(p.shape, generator=generator(0, "lora weights", i))

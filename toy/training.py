@@ -1,4 +1,5 @@
-"""The training loop that every network of the toy world shares: cosine learning rate, a progress bar, exact resume. See make.py."""
+"""The training loop that all networks of the toy world share: cosine learning rate, exact resume."""
+
 import math
 import time
 from pathlib import Path
@@ -8,13 +9,21 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
-WORK = ROOT / "work"                                             # checkpoints and caches of a build; not part of the repository
+WORK = ROOT / "work"  # checkpoints and caches of a build, not part of the repository
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def rng_of(*key):
-    """A NumPy generator for this key of strings and integers: every draw of the build comes from one of these."""
-    return np.random.default_rng([int.from_bytes(k.encode()[:8], "little") if isinstance(k, str) else k for k in key])
+    """A NumPy generator for this key of strings and integers. All draws of the build use it.
+
+    A string counts with its first 8 bytes.
+    """
+    numbers = []
+    for part in key:
+        if isinstance(part, str):
+            part = int.from_bytes(part.encode()[:8], "little")
+        numbers.append(part)
+    return np.random.default_rng(numbers)
 
 
 def to_batch(images):
@@ -22,64 +31,101 @@ def to_batch(images):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(DEVICE)
 
 
-def fit(name, modules, step_fn, steps, lr, seed=0, weight_decay=.01, warmup=100, ema=0., save_seconds=60, clip=1., stop=None):
-    """Trains `modules` (a dict name -> nn.Module, updated in place) for `steps` steps of AdamW.
+def load_checkpoint(path, steps, seed, modules, optimizer, average):
+    """Puts a checkpoint back in place -> the number of steps that are done, 0 if there is none."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=DEVICE, weights_only=True)
+    if state["steps"] != steps or state["seed"] != seed:
+        raise SystemExit(
+            f"{path.name} belongs to a build of {state['steps']} steps with seed {state['seed']}: "
+            f"remove {path.parent} to start again"
+        )
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][name])
+    optimizer.load_state_dict(state["opt"])
+    for mean, saved in zip(average, state["average"]):
+        mean.copy_(saved)
+    return state["step"]
 
-    step_fn(step, rng) -> loss, stats: draws its batch from `rng` alone (a generator of (name, seed, step)) and returns a scalar loss and
-    a dict of floats to show. The state is saved every `save_seconds` in WORK/<name>.pt and picked up again, so a killed build continues
-    and ends in the same weights. With `ema` > 0 the modules end as the exponential moving average of their weights. `stop` ends the training
-    before the learning rate has come down.
+
+def save_checkpoint(path, step, steps, seed, modules, optimizer, average):
+    """Writes the checkpoint beside its place, then renames it: a killed build keeps the old one."""
+    state = dict(step=step, steps=steps, seed=seed, opt=optimizer.state_dict(), average=average)
+    state["modules"] = {name: module.state_dict() for name, module in modules.items()}
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def fit(
+    name, modules, step_fn, steps, lr,
+    seed=0, weight_decay=0.01, warmup=100, ema=0.0, save_seconds=60, clip=1.0, stop=None,
+):
+    """Trains `modules`, a dict of nn.Modules, in place for `steps` steps of AdamW.
+
+    step_fn(step, rng) -> loss, stats: draws its batch from `rng` alone, a generator of (name, seed,
+      step). It returns a scalar loss and a dict of numbers to show.
+    ema: if above 0, the modules end as the exponential moving average of their weights.
+    stop: end after so many steps, before the learning rate has come down.
+
+    The state is saved to WORK/<name>.pt every `save_seconds` and picked up again. So a killed build
+    continues, and ends with the same weights. Returns running means of what it showed. The modules
+    come back frozen and in eval mode.
     """
     WORK.mkdir(exist_ok=True)
-    path, tmp = WORK / f"{name}.pt", WORK / f"{name}.tmp"
+    path = WORK / f"{name}.pt"
     params = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(.9, .99))
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     average = [p.detach().clone() for p in params] if ema else []
-    start = 0
-    if path.exists():
-        state = torch.load(path, map_location=DEVICE, weights_only=True)
-        if state["steps"] != steps or state["seed"] != seed:
-            raise SystemExit(f"{path.name} belongs to a build of {state['steps']} steps, seed {state['seed']}: remove {WORK} to start again")
-        for key, m in modules.items():
-            m.load_state_dict(state["modules"][key])
-        opt.load_state_dict(state["opt"])
-        for a, b in zip(average, state["average"]):
-            a.copy_(b)
-        start = state["step"]
+    start = load_checkpoint(path, steps, seed, modules, optimizer, average)
+    last_step = stop or steps
 
-    def save(step):
-        torch.save(dict(step=step, steps=steps, seed=seed, modules={k: m.state_dict() for k, m in modules.items()}, opt=opt.state_dict(),
-                        average=average), tmp)
-        tmp.replace(path)
+    for module in modules.values():
+        module.train()
+    shown = {}
+    saved_at = time.time()
+    progress = tqdm(
+        range(start, last_step), initial=start, total=last_step, desc=name, mininterval=10
+    )
+    for step in progress:
+        # Warm up, then a cosine down to 1 % of the learning rate.
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps) + 0.01
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / warmup) * cosine
 
-    for m in modules.values():
-        m.train()
-    shown, last = {}, time.time()
-    for step in (bar := tqdm(range(start, stop or steps), initial=start, total=stop or steps, desc=name, mininterval=10)):
-        for group in opt.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / warmup) * (.5 + .5 * math.cos(math.pi * step / steps) + .01)
-        torch.manual_seed(hash((seed, step)) % 2**31)            # dropout and the VAE's posterior; a tuple of integers hashes the same everywhere
+        # Dropout and the VAE's posterior draw from torch's generator. A tuple of integers has the
+        # same hash everywhere.
+        torch.manual_seed(hash((seed, step)) % 2**31)
         loss, stats = step_fn(step, rng_of(name, seed, step))
         if not torch.isfinite(loss):
             raise SystemExit(f"{name}: the loss of step {step} is not finite")
-        opt.zero_grad(set_to_none=True)
+
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, clip)
-        opt.step()
-        for a, p in zip(average, params):                        # a short memory at first: the average must not remember the random start
-            a.lerp_(p.detach(), 1 - min(ema, (1 + step) / (10 + step)))
-        for k, v in {"loss": loss, **stats}.items():
-            v = float(v.detach()) if torch.is_tensor(v) else float(v)
-            shown[k] = v if k not in shown else .98 * shown[k] + .02 * v
-        bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
-        if time.time() - last > save_seconds:
-            save(step + 1)
-            last = time.time()
-    if start < (stop or steps):
-        save(stop or steps)
+        optimizer.step()
+
+        # The average has a short memory at first, or it would remember the random start.
+        decay = min(ema, (1 + step) / (10 + step))
+        for mean, p in zip(average, params):
+            mean.lerp_(p.detach(), 1 - decay)
+
+        # Show running means.
+        for key, value in {"loss": loss, **stats}.items():
+            value = float(value.detach()) if torch.is_tensor(value) else float(value)
+            shown[key] = 0.98 * shown[key] + 0.02 * value if key in shown else value
+        progress.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
+
+        if time.time() - saved_at > save_seconds:
+            save_checkpoint(path, step + 1, steps, seed, modules, optimizer, average)
+            saved_at = time.time()
+
+    if start < last_step:
+        save_checkpoint(path, last_step, steps, seed, modules, optimizer, average)
     with torch.no_grad():
-        for p, a in zip(params, average):
-            p.copy_(a)
-    for m in modules.values():
-        m.eval().requires_grad_(False)
+        for p, mean in zip(params, average):
+            p.copy_(mean)
+    for module in modules.values():
+        module.eval().requires_grad_(False)
     return shown

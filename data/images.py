@@ -1,0 +1,111 @@
+"""Images with captions as tensors in [0, 1]: from a folder of your own, or from COCO 2017.
+
+An image folder holds images and a metadata.jsonl with one line per image:
+
+  {"file_name": "0001.png", "text": "a corgi on a skateboard"}
+"""
+
+import json
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+
+def square(image, resolution):
+    """PIL image -> RGB (resolution, resolution): short side resized, then cropped at the center."""
+    return ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def to_tensor(image):
+    """PIL RGB image -> (3, H, W) float32 in [0, 1]."""
+    return pil_to_tensor(image) / 255
+
+
+def read_row(line, folder):
+    """One line of metadata.jsonl -> (image path, caption). ValueError says what is wrong."""
+    try:
+        row = json.loads(line)
+        name = Path(row["file_name"])
+        text = row["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError('{"file_name": "...", "text": "..."} is expected') from error
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError("the text is not a string, or it has a NUL character")
+    # Links inside the folder are fine: the hub's cache is made of them.
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"{name} is outside the folder")
+    if not (folder / name).is_file():
+        raise ValueError(f"{name} is missing")
+    return folder / name, text
+
+
+class ImageFolder(Dataset):
+    """A folder of images with metadata.jsonl.
+
+    Item i is (image, caption): float32 (3, resolution, resolution) in [0, 1] and a string.
+    The list is checked when the dataset is built, and an image when it is read. Both raise an
+    OSError that names the file.
+    """
+
+    def __init__(self, folder, resolution):
+        self.resolution = resolution
+        self.items = []
+        path = Path(folder) / "metadata.jsonl"
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise OSError(f"{path}: not UTF-8 text") from error
+        except OSError as error:
+            raise OSError(
+                f"{path}: {error.strerror}; a folder of images with metadata.jsonl is expected"
+            ) from error
+        # Not splitlines(), because a caption may contain U+2028.
+        for number, line in enumerate(content.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                self.items.append(read_row(line, path.parent))
+            except ValueError as error:
+                raise OSError(f"{path} line {number}: {error}") from error
+        if not self.items:
+            raise OSError(f"{path}: no image in it")
+
+    @property
+    def captions(self):
+        return [text for _, text in self.items]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        path, text = self.items[i]
+        try:
+            with Image.open(path) as image:
+                # convert("RGB") would clip 16-bit gray to white.
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError("more than 8 bits per channel; save it with 8")
+                upright = ImageOps.exif_transpose(image)
+                return to_tensor(square(upright, self.resolution)), text
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise OSError(f"{path}: not a readable image ({error})") from error
+
+
+def image_data(folder, resolution):
+    """The training images of a script: an ImageFolder, or COCO's train split if folder is None."""
+    if folder is not None:
+        return ImageFolder(folder, resolution)
+    # Imported here because coco.py itself imports from this file.
+    from data.coco import Coco
+
+    return Coco("train", resolution)
+
+
+def image_batches(data, indices, workers=0):
+    """Yield (images (B, 3, H, W) in [0, 1], captions) for each list of indices.
+
+    `workers` processes read ahead. An error in a worker arrives as the same type, with the
+    worker's traceback in its message.
+    """
+    yield from DataLoader(data, batch_sampler=indices, num_workers=workers)

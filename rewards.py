@@ -1,0 +1,624 @@
+"""The judges: rewards, the artifact detector, and MPS. Each loads its published checkpoint.
+
+  reward, reward_range = load_reward("hps", device)
+  r = reward(images, prompts)     images (B, 3, H, W) in [0, 1], B prompts -> (B,), differentiable
+
+  "name"         the published weights, from the hub or this disk's cache of it
+  "name:PATH"    the same layout from a file or folder
+
+To plug in your own reward, write a callable like that, build it in `build_reward`, and give it a
+line in REWARDS. Weights that are missing or do not fit are an error, never random numbers.
+"""
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from safetensors.torch import load_file
+from torchvision.transforms import InterpolationMode
+from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, BertTokenizer
+from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers.utils import cached_file
+
+from common import TOY, read_json, split_revision
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and MPS are built on it
+
+
+@dataclass(frozen=True)
+class RewardRange:
+    """The range that a reward is known to have, and how the losses map it to about [0, 1].
+
+    r' = (r - shift) / scale is a constant affine map, so it does not change what is learned.
+    """
+
+    low: float
+    high: float
+    shift: float = 0.0
+    scale: float = 1.0
+
+
+REWARDS = {
+    "toy_pref": RewardRange(3.0, 16.5, shift=3.0, scale=13.0),  # the toy world's preference model
+    "toy_clip": RewardRange(0.0, 0.93),  # the toy world's CLIP: a cosine
+    "hps": RewardRange(0.25, 0.38),  # HPSv2.1
+    "pick": RewardRange(20.0, 24.0, shift=20.0, scale=10.0),  # PickScore
+    "imagereward": RewardRange(-2.0, 2.0),
+    "clip": RewardRange(0.25, 0.35),  # CLIPScore of ViT-B/32: a cosine
+    "clip_h": RewardRange(0.25, 0.4),  # CLIPScore of ViT-H/14
+}
+
+
+def build_reward(name, path, device):
+    """Builds a reward of REWARDS; path: a file or folder of weights, or None for the published."""
+    if name == "toy_pref":
+        return PickScore(path or TOY / "pref", path or TOY / "pref", device)
+    if name == "toy_clip":
+        return PickScore(path or TOY / "clip", path or TOY / "clip", device, cosine=True)
+    if name == "hps":
+        file = find_file(path, "HPS_v2.1_compressed.pt", "xswu/HPSv2")
+        return ClipScore("ViT-H-14", device, path=file, pad=True)
+    if name == "pick":
+        # PickScore was published without a processor: it has that of the CLIP it started from.
+        has_processor = path and os.path.isfile(f"{path}/tokenizer_config.json")
+        processor = path if has_processor else CLIP_VIT_H
+        return PickScore(path or "yuvalkirstain/PickScore_v1", processor, device)
+    if name == "imagereward":
+        return ImageReward(find_file(path, "ImageReward.pt", "THUDM/ImageReward"), device)
+    file = find_file(path, "open_clip_model.safetensors") if path else None
+    if name == "clip":
+        return ClipScore("ViT-B-32-quickgelu", device, tag="openai", path=file)
+    if name == "clip_h":
+        return ClipScore("ViT-H-14", device, tag="laion2b_s32b_b79k", path=file)
+    raise ValueError(f"no reward {name}")
+
+
+def load_reward(spec, device):
+    """ "name" or "name:PATH" -> (reward, its RewardRange)."""
+    name, path = split_reward(spec)
+    try:
+        return build_reward(name, path, device), REWARDS[name]
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        sys.exit(f"--reward {spec}: cannot load its weights. {type(error).__name__}: {error}")
+
+
+def split_reward(spec):
+    """ "name" or "name:PATH" -> (name, PATH or None), after a check that both exist."""
+    if not spec:
+        sys.exit(f"--reward is needed with this model. There are {', '.join(REWARDS)}")
+    name, _, path = spec.partition(":")
+    if name not in REWARDS:
+        sys.exit(f"--reward {name}: no such reward. There are {', '.join(REWARDS)}")
+    if path and not os.path.exists(path):
+        sys.exit(f"--reward {spec}: {path} does not exist")
+    return name, path or None
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading files, preparing images
+
+
+def find_file(path, filename, repo=None):
+    """The file that name:PATH means: PATH, or in the folder PATH or on the hub its known name."""
+    if path and os.path.isfile(path):
+        return Path(path)
+    return Path(cached_file(path or repo, filename))
+
+
+def read_weights(path):
+    """A .safetensors file, or a torch checkpoint of plain tensors -> {name: tensor}."""
+    if str(path).endswith(".safetensors"):
+        return load_file(path)
+    # weights_only: a checkpoint that carries code is refused, never run.
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return state
+
+
+def load_complete(model_class, source, **options):
+    """from_pretrained in fp32, frozen and in eval mode; every weight must come from the files."""
+    repo, revision = split_revision(source) if source is not None else (None, None)
+    net, report = model_class.from_pretrained(
+        repo,
+        revision=revision or "main",
+        use_safetensors=True,
+        output_loading_info=True,
+        **{"dtype": torch.float32, **options},
+    )
+    check_complete(report, model_class.__name__)
+    return net.eval().requires_grad_(False)
+
+
+def check_complete(report, name):
+    """Raises ValueError if transformers would have put random numbers into a weight."""
+    wrong = report["missing_keys"] | report["unexpected_keys"]
+    wrong |= {key for key, *_ in report["mismatched_keys"]}
+    # A table of position numbers is no weight; some versions of transformers save it.
+    wrong = {key for key in wrong if not key.endswith("position_ids")}
+    if wrong:
+        raise ValueError(f"{name}: {min(wrong)} is missing, unexpected or of another shape")
+
+
+def preprocess(images, size, mean, std, pad=False, floor_crop=False):
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalized. Differentiable.
+
+    The short side is resized (bicubic, antialiased), and the middle is cut out. torchvision rounds
+    the corner of an odd crop, transformers rounds it down (floor_crop). pad is HPS's way: the long
+    side is resized, and the rest is black.
+    """
+    height, width = images.shape[-2:]
+    if pad:
+        ratio = size / max(height, width)
+        new_size = [round(height * ratio), round(width * ratio)]
+    else:
+        short = min(height, width)
+        new_size = [size * height // short, size * width // short]
+    images = TF.resize(images, new_size, InterpolationMode.BICUBIC, antialias=True)
+    height, width = images.shape[-2:]
+    if pad:
+        left, top = (size - width) // 2, (size - height) // 2
+        images = TF.pad(images, [left, top, size - width - left, size - height - top])
+    elif floor_crop:
+        images = TF.crop(images, (height - size) // 2, (width - size) // 2, size, size)
+    else:
+        images = TF.center_crop(images, [size, size])
+    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(std, device=images.device).view(3, 1, 1)
+    return (images - mean) / std
+
+
+def judge_dtype(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# CLIP-like rewards
+
+
+class PickScore:
+    """exp(logit_scale) cos(image, text) of a transformers CLIPModel (Kirstain et al. 2023).
+
+    cosine: leave the scale out. Text features are computed once per prompt.
+    """
+
+    def __init__(self, model, processor, device, cosine=False):
+        self.clip = load_complete(CLIPModel, model, dtype=judge_dtype(device)).to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
+        image_processor = CLIPImageProcessor.from_pretrained(processor)
+        size = image_processor.size
+        self.size = size.get("shortest_edge", size.get("height"))
+        self.mean = image_processor.image_mean
+        self.std = image_processor.image_std
+        self.scale = 1.0 if cosine else self.clip.logit_scale.exp().item()
+        self.texts = {}  # prompt -> its normalized features (D,)
+
+    def __call__(self, images, prompts):
+        text = torch.stack([self.text(prompt) for prompt in prompts])
+        pixels = preprocess(images, self.size, self.mean, self.std, floor_crop=True)
+        features = self.clip.get_image_features(pixels.to(self.clip.dtype)).pooler_output
+        image = F.normalize(features.float(), dim=-1)
+        return self.scale * (image * text).sum(-1)
+
+    @torch.no_grad()
+    def text(self, prompt):
+        if prompt not in self.texts:
+            positions = self.clip.config.text_config.max_position_embeddings
+            tokens = self.tokenizer(
+                [prompt],
+                padding="max_length",
+                truncation=True,
+                max_length=min(self.tokenizer.model_max_length, positions),
+                return_tensors="pt",
+            )
+            features = self.clip.get_text_features(**tokens.to(self.clip.device)).pooler_output
+            self.texts[prompt] = F.normalize(features.float(), dim=-1)[0]
+        return self.texts[prompt]
+
+
+class ClipScore:
+    """cos(image, text) of an open_clip model: CLIPScore (Hessel et al. 2021).
+
+    With its own weights and pad=True it is HPSv2 (Wu et al. 2023). name and tag are open_clip's
+    names of the architecture and the weights; path: a file of weights instead of the tag's, with
+    the architecture of an open_clip_config.json beside it, if there is one.
+    """
+
+    def __init__(self, name, device, tag=None, path=None, pad=False):
+        import open_clip  # takes a second to import, so only its users pay for it
+
+        if path is None:
+            config = open_clip.get_pretrained_cfg(name, tag)
+            path = open_clip.download_pretrained(config)
+        if Path(path).with_name("open_clip_config.json").is_file():
+            name = f"local-dir:{Path(path).parent}"
+        # On the meta device nothing is spent on weights that the file replaces.
+        with torch.device("meta"):
+            self.clip = open_clip.CLIP(**open_clip.get_model_config(name))
+        self.clip.load_state_dict(read_weights(path), assign=True)
+        # The causal mask is the one buffer that no file holds.
+        self.clip.attn_mask = torch.full(self.clip.attn_mask.shape, -torch.inf).triu(1)
+        self.clip.to(device, judge_dtype(device)).eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.device = device
+        self.pad = pad
+        self.texts = {}  # prompt -> its normalized features (D,)
+
+    def __call__(self, images, prompts):
+        text = torch.stack([self.text(prompt) for prompt in prompts])
+        size = self.clip.visual.image_size[0]
+        pixels = preprocess(images, size, CLIP_MEAN, CLIP_STD, pad=self.pad)
+        features = self.clip.encode_image(pixels.to(judge_dtype(self.device)))
+        return (F.normalize(features.float(), dim=-1) * text).sum(-1)
+
+    @torch.no_grad()
+    def text(self, prompt):
+        if prompt not in self.texts:
+            tokens = self.tokenizer([prompt]).to(self.device)
+            features = self.clip.encode_text(tokens).float()
+            self.texts[prompt] = F.normalize(features, dim=-1)[0]
+        return self.texts[prompt]
+
+
+# --------------------------------------------------------------------------------------------------
+# ImageReward
+
+BLIP_NAMES = (  # names in ImageReward.pt -> names in transformers
+    (r"^blip\.visual_encoder\.", "vision."),
+    (r"^blip\.text_encoder\.", "text."),
+    (r"^mlp\.layers\.", "mlp."),
+    (r"\.cls_token$", ".embeddings.class_embedding"),
+    (r"\.pos_embed$", ".embeddings.position_embedding"),
+    (r"\.patch_embed\.proj\.", ".embeddings.patch_embedding."),
+    (r"^vision\.norm\.", "vision.post_layernorm."),
+    (r"\.blocks\.", ".encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+)
+BLIP_UNUSED = r"blip\.(text_encoder\.embeddings\.position_ids|vision_proj|text_proj)"
+
+
+def rename_blip(state):
+    """ImageReward.pt's {name: tensor} under transformers' names, without what is not used."""
+    renamed = {}
+    for key, tensor in state.items():
+        if re.match(BLIP_UNUSED, key):
+            continue
+        for pattern, replacement in BLIP_NAMES:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = tensor
+    return renamed
+
+
+def build_blip_scorer(state):
+    """ImageReward.pt's tensors -> ModuleDict(vision, text, mlp). Sizes are read off the tensors."""
+    state = rename_blip(state)
+    width, _, _, patch_size = state["vision.embeddings.patch_embedding.weight"].shape
+    num_positions = state["vision.embeddings.position_embedding"].shape[1]
+    grid = round((num_positions - 1) ** 0.5)
+    vision_config = BlipVisionConfig(
+        hidden_size=width,
+        num_attention_heads=width // 64,  # heads are 64 wide, as in BLIP
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        layer_norm_eps=1e-6,
+        intermediate_size=len(state["vision.encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=sum(key.endswith(".mlp.fc1.weight") for key in state),
+    )
+    vocab_size, hidden_size = state["text.embeddings.word_embeddings.weight"].shape
+    text_config = BlipTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_attention_heads=hidden_size // 64,
+        encoder_hidden_size=width,
+        is_decoder=True,  # this is what makes the cross-attention to the image
+        max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
+        num_hidden_layers=sum(key.endswith(".intermediate.dense.weight") for key in state),
+        intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]),
+    )
+    with torch.device("meta"):
+        # The MLP has no non-linearity. Identity stands where its dropout sleeps in evaluation.
+        mlp = torch.nn.Sequential(
+            torch.nn.Linear(hidden_size, 1024),
+            torch.nn.Identity(),
+            torch.nn.Linear(1024, 128),
+            torch.nn.Identity(),
+            torch.nn.Linear(128, 64),
+            torch.nn.Identity(),
+            torch.nn.Linear(64, 16),
+            torch.nn.Linear(16, 1),
+        )
+        vision = BlipVisionModel(vision_config)
+        text = BlipTextModel(text_config, add_pooling_layer=False)
+        net = torch.nn.ModuleDict(dict(vision=vision, text=text, mlp=mlp))
+    net.load_state_dict(state, assign=True)
+    text.embeddings.position_ids = torch.arange(text_config.max_position_embeddings)[None]
+    return net.eval().requires_grad_(False)
+
+
+class ImageReward:
+    """ImageReward-v1.0 (Xu et al. 2023): BLIP, whose text encoder looks at the image, and an MLP.
+
+    Normalized to mean 0 and variance 1 with the authors' numbers; raw: the MLP's own output.
+    path: ImageReward.pt. A tokenizer beside it is used instead of the hub's.
+    """
+
+    def __init__(self, path, device, raw=False):
+        self.net = build_blip_scorer(read_weights(path)).to(device, judge_dtype(device))
+        self.net["mlp"].float()
+        folder = Path(path).parent
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        source = folder if has_tokenizer else "google-bert/bert-base-uncased"
+        self.tokenizer = BertTokenizer.from_pretrained(source)
+        self.raw = raw
+        self.texts = {}  # prompt -> (token ids, attention mask)
+
+    def __call__(self, images, prompts):
+        tokens = [self.text(prompt) for prompt in prompts]
+        ids = torch.cat([token_ids for token_ids, _ in tokens])
+        mask = torch.cat([attention_mask for _, attention_mask in tokens])
+        vision = self.net["vision"]
+        pixels = preprocess(images, vision.config.image_size, CLIP_MEAN, CLIP_STD)
+        image_states = vision(pixels.to(vision.dtype)).last_hidden_state
+        text_states = self.net["text"](
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=image_states
+        ).last_hidden_state
+        r = self.net["mlp"](text_states[:, 0].float())[:, 0]  # of the [CLS] token
+        return r if self.raw else (r - 0.16717362830052426) / 1.0333394966054072
+
+    def text(self, prompt):
+        if prompt not in self.texts:
+            tokens = self.tokenizer(
+                [prompt], padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+            ).to(self.net["text"].device)
+            self.texts[prompt] = (tokens.input_ids, tokens.attention_mask)
+        return self.texts[prompt]
+
+
+# --------------------------------------------------------------------------------------------------
+# MPS, for evaluation
+
+
+class MPS:
+    """The Multi-dimensional Preference Score, condition "overall" (Zhang et al., CVPR 2024).
+
+    exp(logit_scale) cos(text, x[0]), where x (B, 257, D) starts as the image tokens. In each of
+    4 layers they attend to those text tokens (B, 77, D) that have to do with the condition, and
+    then to each other with rotary positions. The 16 heads of 64 share one key and value, a SwiGLU
+    runs beside each attention, and nothing has a bias.
+
+    path: model.safetensors in the layout of RE-N-Y/mpsv1, because the authors' own file is a
+    pickle. A tokenizer beside it is used instead of the hub's.
+    """
+
+    CONDITION = (
+        "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, "
+        "structure, instance, texture, quantity, attributes, position, number, location, word, "
+        "things."
+    )
+    CROSS_WEIGHTS = ("norm", "to_q", "to_kv", "to_out", "ff.0", "ff.2")
+    SELF_WEIGHTS = ("norm", "fused_attn_ff_proj", "attn_out", "ff_out.1")
+
+    def __init__(self, path, device):
+        state = load_file(path)
+        clip_state = take_prefix(state, "mps.model.")
+        layers = take_prefix(state, "mps.cross_model.layers.")
+        config = build_clip_config(clip_state)
+        self.clip = load_complete(CLIPModel, None, config=config, state_dict=clip_state).to(device)
+        self.layers = []
+        for i in range(len({key.split(".")[0] for key in layers})):
+            cross = [layers[f"{i}.0.fn.{name}.weight"].to(device) for name in self.CROSS_WEIGHTS]
+            own = [layers[f"{i}.1.fn.{name}.weight"].to(device) for name in self.SELF_WEIGHTS]
+            self.layers.append((cross, own))
+        folder = Path(path).parent
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        source = folder if has_tokenizer else CLIP_VIT_H
+        self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        self.size = self.clip.config.vision_config.image_size
+        self.condition = self.text([self.CONDITION])[0][0]  # (77, D)
+
+    @torch.no_grad()
+    def text(self, prompts):
+        """-> tokens (B, 77, D) and end-of-text features (B, D). Padding is read as well."""
+        ids = self.tokenizer(
+            prompts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.clip.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).input_ids
+        states = self.clip.text_model(ids.to(self.clip.device)).last_hidden_state
+        tokens = self.clip.text_projection(states)
+        # The end of the text has the highest id of all tokens.
+        return tokens, tokens[torch.arange(len(ids)), ids.argmax(-1)]
+
+    def __call__(self, images, prompts):
+        unique_prompts = list(dict.fromkeys(prompts))
+        order = [unique_prompts.index(prompt) for prompt in prompts]
+        tokens, end = self.text(unique_prompts)
+        tokens, end = tokens[order], end[order]
+        closeness = (tokens @ self.condition.T).amax(-1)  # (B, 77), to the condition
+        mask = (closeness / closeness.amax(1, keepdim=True) > 0.01)[:, None, None]
+        pixels = preprocess(images, self.size, CLIP_MEAN, CLIP_STD)
+        # We take the image tokens before the last norm: (B, 257, D).
+        x = self.clip.visual_projection(self.clip.vision_model(pixels).last_hidden_state)
+        for cross, own in self.layers:
+            x = x + cross_layer(x, tokens, mask, *cross)
+            x = x + self_layer(x, head_width=len(cross[2]) // 2, *own)
+        return self.clip.logit_scale.exp() * F.cosine_similarity(end, x[:, 0], dim=-1)
+
+
+def cross_layer(x, tokens, mask, norm, to_q, to_kv, to_out, ff_up, ff_down):
+    """Image tokens x (B, 257, D) look at text tokens (B, 77, D); a feed-forward beside it."""
+    h = F.layer_norm(x, norm.shape, norm)
+    k, v = (tokens @ to_kv.T).chunk(2, -1)
+    attention = attend(h @ to_q.T, k, v, mask)
+    return attention @ to_out.T + swiglu(h @ ff_up.T) @ ff_down.T
+
+
+def self_layer(x, norm, fused, attn_out, ff_out, head_width):
+    """Image tokens x (B, 257, D) look at each other; a feed-forward beside it."""
+    h = F.layer_norm(x, norm.shape, norm)
+    ff_width = 2 * ff_out.shape[1]
+    q_width = len(fused) - 2 * head_width - ff_width
+    q, k, v, ff = (h @ fused.T).split([q_width, head_width, head_width, ff_width], -1)
+    attention = attend(rotate(q, head_width), rotate(k, head_width), v)
+    return attention @ attn_out.T + swiglu(ff) @ ff_out.T
+
+
+def attend(q, k, v, mask=None):
+    """q (B, N, heads * d); k and v (B, M, d) are the same for all heads -> (B, N, heads * d)."""
+    q = q.unflatten(-1, (-1, k.shape[-1])).transpose(1, 2)
+    k = k[:, None].expand(-1, q.shape[1], -1, -1)
+    v = v[:, None].expand(-1, q.shape[1], -1, -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def rotate(x, d):
+    """Rotary positions (Su et al. 2021) on the heads of x (B, N, heads * d)."""
+    positions = torch.arange(x.shape[1], device=x.device)[:, None]
+    angle = positions / 10000 ** (torch.arange(0, d, 2, device=x.device) / d)  # (N, d / 2)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x.unflatten(-1, (-1, d)).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(2)
+
+
+def swiglu(x):
+    a, gate = x.chunk(2, -1)
+    return F.silu(gate) * a
+
+
+def take_prefix(state, prefix):
+    """The tensors whose names start with the prefix, without it and in fp32."""
+    return {
+        key.removeprefix(prefix): tensor.float()
+        for key, tensor in state.items()
+        if key.startswith(prefix)
+    }
+
+
+def build_clip_config(state):
+    """A CLIPModel's {name: tensor} -> its CLIPConfig. Heads are 64 and 80 wide, as in ViT-H."""
+
+    def tower(name, head_width):
+        mlp = state[f"{name}_model.encoder.layers.0.mlp.fc2.weight"]
+        layers = [key for key in state if key.startswith(f"{name}_model.")]
+        return dict(
+            hidden_size=mlp.shape[0],
+            intermediate_size=mlp.shape[1],
+            num_hidden_layers=sum(key.endswith("mlp.fc1.weight") for key in layers),
+            num_attention_heads=mlp.shape[0] // head_width,
+            hidden_act="gelu",
+        )
+
+    patch_size = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+    num_positions = len(state["vision_model.embeddings.position_embedding.weight"])
+    image_size = round((num_positions - 1) ** 0.5) * patch_size
+    vocab_size = len(state["text_model.embeddings.token_embedding.weight"])
+    text_length = len(state["text_model.embeddings.position_embedding.weight"])
+    return CLIPConfig(
+        projection_dim=len(state["text_projection.weight"]),
+        vision_config=dict(tower("vision", 80), image_size=image_size, patch_size=patch_size),
+        text_config=dict(
+            tower("text", 64), vocab_size=vocab_size, max_position_embeddings=text_length
+        ),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# The artifact detector
+
+
+class Detector(torch.nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> confidence (B, size, size) that something is wrong there.
+
+    In [0, 1] and differentiable. Images are squeezed to a square, not cropped.
+    """
+
+    def __init__(self, net, size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        super().__init__()
+        self.net = net
+        self.size = size
+        self.mean = mean
+        self.std = std
+
+    def forward(self, images):
+        size = [self.size, self.size]
+        images = TF.resize(images, size, InterpolationMode.BILINEAR, antialias=True)
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        logits = self.net((images - mean) / std).logits.float()
+        return F.interpolate(logits, size, mode="bilinear")[:, 0].sigmoid()
+
+    def save(self, folder):
+        """Writes folder/detector, which --detector and evaluate.py open."""
+        folder = Path(folder) / "detector"
+        self.net.save_pretrained(folder)
+        processor = dict(
+            image_processor_type="SegformerImageProcessor",
+            do_resize=True,
+            size=dict(height=self.size, width=self.size),
+            resample=2,
+            do_rescale=True,
+            rescale_factor=1 / 255,
+            do_normalize=True,
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+        )
+        text = json.dumps(processor, indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(text)
+
+
+def build_segformer(state):
+    """A SegFormer's {name: tensor} in its published names -> the network. Sizes are read off."""
+    encoder = "segformer.encoder"
+    widths = [len(state[f"{encoder}.patch_embeddings.{i}.proj.weight"]) for i in range(4)]
+    depths = []
+    for i in range(4):
+        blocks = [key for key in state if key.startswith(f"{encoder}.block.{i}.")]
+        depths.append(len({key.split(".")[4] for key in blocks}))
+    config = SegformerConfig(
+        hidden_sizes=widths,
+        depths=depths,
+        decoder_hidden_size=len(state["decode_head.linear_fuse.weight"]),
+        num_labels=1,
+    )
+    return load_complete(SegformerForSemanticSegmentation, None, config=config, state_dict=state)
+
+
+def load_detector(source, device):
+    """Loads a frozen artifact detector.
+
+    source: a folder or hub id in the transformers format, or a file with the state dict of a
+    SegFormer for 512 pixels, as DiffDoctor's authors released it.
+    """
+    try:
+        if os.path.isfile(source):
+            detector = Detector(build_segformer(read_weights(source)), size=512)
+        else:
+            processor, _ = read_json(source, "preprocessor_config.json")
+            net = load_complete(AutoModelForSemanticSegmentation, source, trust_remote_code=False)
+            size = processor["size"]["height"]
+            detector = Detector(net, size, processor["image_mean"], processor["image_std"])
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        sys.exit(f"--detector {source}: cannot load its weights. {type(error).__name__}: {error}")
+    if detector.net.config.num_labels != 1:
+        num_classes = detector.net.config.num_labels
+        sys.exit(f"--detector {source}: it has {num_classes} classes; a detector has one")
+    return detector.to(device).eval().requires_grad_(False)

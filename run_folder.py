@@ -1,0 +1,328 @@
+"""The plumbing around a run: its settings, log, sample pictures and exact resume. No method here.
+
+  config.json                 every setting, the model's exact source, and the sampler
+  log.jsonl                   one line per update
+  samples/step_000060.png     held-out prompts at fixed seeds, so that one can flip through them
+  lora/                       the weights for the user, with snapshots lora/step_000060/ and so on
+  checkpoint/state.pt         what --resume reads
+
+A run folder is begun once and then continued. A killed run loses nothing but the updates since
+its last checkpoint, and a resumed run ends with the same bytes as one that was never stopped.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from common import (
+    FluxPipeline,
+    MODELS,
+    StableDiffusionPipeline,
+    condition,
+    decode_in_parts,
+    find_pipeline,
+    generator,
+    initial_latents,
+    make_scheduler,
+    merged,
+    read_json,
+    sample,
+)
+
+# What does not change the numbers may differ between a run and its --resume.
+MAY_DIFFER = ("train_steps", "micro_batch", "checkpointing", "compile", "save_every")
+NOT_SAVED = ("resume", "out", "device")
+
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+
+
+class SettingsHelp(argparse.RawDescriptionHelpFormatter):
+    """--help shows the docstring as it is written, and the defaults of the chosen model."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def chosen_model(argv=None):
+    """The --model on the command line, before the other flags are read."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--model", default="toy")
+    return finder.parse_known_args(argv)[0].model
+
+
+def model_family(model):
+    """The key of MODELS whose settings fit a model: itself, or that of a folder's own kind."""
+    if model in MODELS:
+        return model
+    pipeline_class, _ = find_pipeline(model)
+    if pipeline_class is FluxPipeline:
+        config, _ = read_json(model, "transformer/config.json")
+        return "flux-dev" if config.get("guidance_embeds") else "flux-schnell"
+    return "sd15" if pipeline_class is StableDiffusionPipeline else "sdxl"
+
+
+def settings_for(table, model):
+    """A model's row of a settings table. A folder or hub model keeps its own resolution."""
+    family = model_family(model)
+    if family not in table:
+        sys.exit(f"--model {model}: no settings for it here. There are {', '.join(table)}")
+    if model in MODELS:
+        return table[family]
+    return {**table[family], "resolution": None}
+
+
+def run_name(script, args):
+    """The default --out, for example runs/refl-toy-toy_pref."""
+    name = f"{script}-{args.model}-{args.reward}"
+    return str(Path("runs") / re.sub(r"[^\w.-]+", "_", name))
+
+
+def check_out(args):
+    """Exits if --out holds a run that would be overwritten, or none that --resume could go on."""
+    has_run = (Path(args.out) / "config.json").is_file()
+    if args.resume and not has_run:
+        sys.exit(f"--resume: there is no run in {args.out}; name its folder with --out")
+    if has_run and not args.resume:
+        sys.exit(f"{args.out} holds a run: continue it with --resume, or choose another --out")
+
+
+def print_settings(args, paper, params):
+    """Prints every setting, and beside it the paper's value where ours departs from it."""
+    paper_row = paper.get(model_family(args.model), {})
+    for name, value in vars(args).items():
+        line = f"  {name:<20} {value}"
+        if paper_row.get(name) not in (None, value):
+            line += f"   (paper: {paper_row[name]})"
+        print(line)
+    print(f"  training {sum(p.numel() for p in params):,} parameters")
+    if not paper_row:
+        print("  The paper has no settings for this model: all values are ours")
+
+
+@contextlib.contextmanager
+def readable_errors(args):
+    """Inside, Ctrl-C, a full GPU and a file that cannot be used end in one line."""
+    hint = ""
+    try:
+        yield
+    except (KeyboardInterrupt, torch.OutOfMemoryError, OSError) as error:
+        out = getattr(args, "out", None)
+        if out and (Path(out) / "checkpoint" / "state.pt").is_file():
+            hint = ". The last checkpoint is whole: the same command with --resume continues"
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\ninterrupted{hint}", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, torch.OutOfMemoryError):
+            what = str(error).partition(" is free")[0]
+            advice = "Turn down --micro_batch, pass --checkpointing, then turn down --batch_size"
+            sys.exit(f"\n{what} is free. {advice}{hint}")
+        sys.exit(f"\n{error}{hint}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_pil(image):
+    """(3, H, W) in [0, 1] -> PIL image, rounded to 8 bits."""
+    pixels = (image.detach().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def save_grid(images, path, columns):
+    """Images (N, 3, H, W) in [0, 1] -> one PNG, row by row; small ones are enlarged to be seen."""
+    zoom = max(1, 128 // images.shape[-1])
+    images = F.interpolate(images.detach(), scale_factor=zoom, mode="nearest")
+    save_image(images, path, nrow=columns, padding=0)
+
+
+@torch.no_grad()
+def generate_batches(
+    model, prompts, seed, sampler, num_images=1, micro_batch=8, purpose="image", batch_size=16
+):
+    """Yields images (up to batch_size, 3, H, W) in [0, 1] on the CPU, prompt by prompt.
+
+    Image k of prompt i has the noise of generator(seed, purpose, i, k), whatever the batch.
+    sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), as in config.json.
+    """
+    scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
+    guidance_scale = sampler["guidance_scale"]
+    jobs = [(i, k) for i in range(len(prompts)) for k in range(num_images)]
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        generators = [generator(seed, purpose, i, k) for i, k in batch]
+        latents = initial_latents(model, generators)
+        cond = condition(model, [prompts[i] for i, _ in batch])
+        uncond = condition(model, [None] * len(batch))
+        num_steps = len(scheduler.timesteps)
+        with merged(model):
+            latents = sample(
+                model, scheduler, latents, cond, 0, num_steps, generators,
+                guidance_scale, uncond, sampler["eta"],
+            )
+        yield decode_in_parts(model, latents, micro_batch)
+
+
+def generate(*args, **kwargs):
+    """All images of generate_batches in one tensor (len(prompts) * num_images, 3, H, W)."""
+    return torch.cat(list(generate_batches(*args, **kwargs)))
+
+
+@torch.no_grad()
+def score(reward, images, prompts, batch_size=16):
+    """Rewards (N,) of images (N, 3, H, W) on the CPU, `batch_size` at a time."""
+    rewards = []
+    for i in range(0, len(images), batch_size):
+        batch = images[i : i + batch_size]
+        rewards.append(reward(batch, prompts[i : i + batch_size]).cpu())
+    return torch.cat(rewards)
+
+
+def held_out(run, model, reward, prompts, step, num_images=2):
+    """The mean reward of held-out prompts at fixed seeds; their picture goes to samples/."""
+    images = generate(
+        model,
+        prompts,
+        run.args.seed,
+        run.sampler,
+        num_images,
+        run.args.micro_batch,
+        purpose="held-out",
+    )
+    save_grid(images, run.dir / "samples" / f"step_{step:06d}.png", columns=8)
+    prompt_per_image = [prompt for prompt in prompts for _ in range(num_images)]
+    return score(reward, images.to(model.device), prompt_per_image).mean().item()
+
+
+# --------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def write_atomically(path, text):
+    """A reader, or a run after kill -9, sees the whole file or the one before it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Run:
+    """A run folder, as the docstring above shows it."""
+
+    def __init__(self, args, model_source, sampler):
+        self.args = args
+        self.sampler = sampler
+        self.dir = Path(args.out)
+        self.weights = self.dir / ("lora" if getattr(args, "lora_rank", 0) else "model")
+        self.checkpoint = self.dir / "checkpoint" / "state.pt"
+        self.start = 0  # updates that are already done
+        self.skipped = []  # updates that were left out
+
+        self.config = {k: v for k, v in vars(args).items() if k not in NOT_SAVED}
+        self.config.update(model_source=model_source, sampler=sampler)
+        # As JSON has it: a tuple becomes a list, so that old and new can be compared.
+        self.config = json.loads(json.dumps(self.config))
+        if args.resume:
+            self.check_config()
+        # A run that was stopped before its first checkpoint starts again.
+        if not (args.resume and self.checkpoint.is_file()):
+            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+            self.write_config()
+            write_atomically(self.dir / "log.jsonl", "")
+
+    def check_config(self):
+        """Exits if a setting that changes the numbers differs from the run's."""
+        old = json.loads((self.dir / "config.json").read_text())
+        changes = [
+            f"{name} was {old.get(name)!r} and is {value!r}"
+            for name, value in self.config.items()
+            if name not in MAY_DIFFER and value != old.get(name)
+        ]
+        if changes:
+            sys.exit(f"--resume: these settings differ from the run's: {'; '.join(changes)}")
+
+    def write_config(self):
+        write_atomically(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
+
+    def resume(self, params, optimizer):
+        """Puts weights and optimizer back as the checkpoint has them.
+
+        Returns everything that it holds, or None if this is a new run. Sets .start.
+        """
+        if not (self.args.resume and self.checkpoint.is_file()):
+            return None
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        self.start = state["step"]
+        if self.args.train_steps < self.start:
+            sys.exit(f"--train_steps {self.args.train_steps}: the run is at {self.start} already")
+        for p, saved in zip(params, state["params"], strict=True):
+            p.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        # The log may go further than the checkpoint: those updates are done again.
+        rows = [row for row in self.read_log() if row["step"] <= self.start]
+        self.skipped = [row["step"] for row in rows if "skipped" in row]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.dir / "log.jsonl", text)
+        self.write_config()
+        return state
+
+    def read_log(self):
+        """The rows of log.jsonl. A last line that a kill cut short is left out."""
+        lines = (self.dir / "log.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def log(self, step, **values):
+        """Appends a line to log.jsonl: floats with 8 digits, values that are None left out."""
+        row = dict(step=step)
+        for name, value in values.items():
+            if isinstance(value, float):
+                value = float(f"{value:.8g}")
+            if value is not None:
+                row[name] = value
+        with open(self.dir / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def skip(self, step):
+        """Counts and reports an update that was left out. Five in a row end the run."""
+        self.skipped.append(step)
+        message = f"update {step}: NaN or Inf in its gradient, left out"
+        if self.skipped[-5:] == list(range(step - 4, step + 1)):
+            sys.exit(f"{message}. It is the fifth in a row; turn down --lr")
+        tqdm.write(f"{message}, as were {len(self.skipped) - 1} before", file=sys.stderr)
+
+    def save(self, step, model, params, optimizer, **more):
+        """Writes the user's weights, a snapshot of them, and the checkpoint with `more`.
+
+        All of it is written beside its place and then renamed, the checkpoint last.
+        """
+        new = self.dir / "new.tmp"
+        shutil.rmtree(new, ignore_errors=True)
+        weights = new / self.weights.name
+        for folder in (weights, weights / f"step_{step:06d}"):
+            model.save(folder)
+        state = dict(step=step, optimizer=optimizer.state_dict(), **more)
+        state["params"] = [p.detach().cpu() for p in params]
+        (new / "checkpoint").mkdir()
+        torch.save(state, new / "checkpoint" / "state.pt")
+
+        files = [file for file in new.rglob("*") if file.is_file()]
+        files.sort(key=lambda file: file.name == "state.pt")
+        for file in files:
+            target = self.dir / file.relative_to(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+        shutil.rmtree(new)
