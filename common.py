@@ -563,16 +563,18 @@ def load_lora(model, path):
     if hasattr(model.denoiser, "peft_config"):
         model.denoiser.delete_adapters("default")
     try:
-        state = model.pipe.lora_state_dict(file.parent, weight_name=file.name)
-        # For some families it is a tuple of the tensors and their alphas.
-        state = state[0] if isinstance(state, tuple) else state
-        if any(key.startswith("text_encoder") for key in state):
-            sys.exit(f"{file}: this LoRA also changes the text encoder, which we do not tune")
-        options = dict(weight_name=file.name, adapter_name="default")
-        model.pipe.load_lora_weights(file.parent, **options)
+        state, alphas, metadata = model.pipe.lora_state_dict(
+            file.parent, weight_name=file.name, return_alphas=True, return_lora_metadata=True
+        )
+        model.denoiser.load_lora_adapter(
+            state, prefix=model.denoiser_name, adapter_name="default",
+            network_alphas=alphas, metadata=metadata,
+        )
         loaded = get_peft_model_state_dict(model.denoiser)
-    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         sys.exit(f"{file}: not a LoRA of {model.source}. {type(error).__name__}: {error}")
+    if any(key.startswith("text_encoder") for key in state):
+        sys.exit(f"{file}: this LoRA also changes the text encoder, which we do not tune")
     in_file = [key for key in state if not key.endswith(".alpha")]
     if len(in_file) != len(loaded):
         sys.exit(

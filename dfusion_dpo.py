@@ -1,622 +1,1060 @@
-"""D-Fusion: preference optimization on visually consistent pairs (Hu et al. 2025, arXiv 2505.22002), with DPO, DDPO or DPOK.
+"""D-Fusion: DPO on visually consistent pairs of images (Hu et al. 2025, arXiv 2505.22002).
 
-Two samples of one prompt differ in everything, so a preference between them says little. D-Fusion makes the better one out of the worse one: it denoises
-the same noise again, while self-attention takes the prompt's items from a well-aligned reference. A round, for each of its prompts:
+Two samples of one prompt differ in everything, so a preference between them says little. D-Fusion
+makes the better image out of the worse one: it denoises the same noise again, while self-attention
+takes the prompt's items from a well-aligned reference. We train on such pairs with DPO, DDPO or
+DPOK.
 
-  trajectories     = images_per_prompt samples of th' (DDIM, eta 1, guidance), scored: r = reward(decode(x_0), prompt)
-  reference, base  = the best quarter, each twice; the worst half, in order of rank
-  mask_t           = XOR over items i of [A_t^i >= threshold_i]            A_t: the reference's cross-attention, first up block         (4)
-  target           : base's x_T and noises; in self-attention of the mid and up blocks, for t = 18 .. 1 of 20, both guidance halves,
-  k, v             = where(mask_t, k_ref, k_tgt), where(mask_t, v_ref, v_tgt)                                                           (5)
-  a                = target if r(target) >= adoption_threshold r(base), else reference;  b = base                                       (7)
-  log_ratio        = log p_th(x_{t-1} | x_t, c) - log p_th'(x_{t-1} | x_t, c)          of the plain guided model, mean over the latent
-  dpo   loss       = -logsigmoid(beta (log_ratio_a - log_ratio_b))                                                                      (6)
-  ddpo  loss       = max(-A rho, -A clip(rho, 1-eps, 1+eps)),  rho = exp(log_ratio),  A = (r - mean_c) / std_c                          (8)
-  dpok  loss       = ddpo loss + kl_weight KL(p_th || p_pretrained)                                                                     (9)
-  inner_epochs times one update on all pairs and timesteps; in the first th = th', log_ratio = 0, and its log p is log p_th' of the rest
+theta is the weights that we train. theta_old is a copy of them, made when a round begins: it
+samples the round and then stays as it is. Time is the index i of scheduler.timesteps. Step i takes
+the latents x[i] to x[i+1]; x[0] is pure noise and x[T] the clean image. The paper counts the steps
+down from T to 1, and so do the flags --fusion_steps and --trained_steps.
 
-The loss stays near ln 2 (dpo) or 0 however well it learns. Read reward; accuracy, the share of (pair, timestep) with log_ratio_a > log_ratio_b; margin.
+A round, for each of its prompts c:
+  x                = images_per_prompt samples of theta_old (DDIM, eta 1, with guidance)        (1)
+  r                = reward(decode(x[T]), c)
+  reference, base  = the best quarter, each used twice; the worst half. Paired in order of rank
+  mask[i]          = XOR over the items of [maps[i, item] >= threshold[item]]                   (4)
+                     maps: cross-attention of the reference, in the first up block
+  target           = the base's noise, denoised again. In the mid block and all up blocks, its
+                     self-attention has, where mask[i] is set, the reference's keys and values  (5)
+  a                = target if r(target) >= adoption_threshold * r(base), else reference        (7)
+  b                = base
+Then inner_epochs updates of theta, each on all pairs at their trained steps:
+  log_ratio        = log p_theta(x[i+1] | x[i], c) - log p_theta_old(x[i+1] | x[i], c)
+  dpo_loss         = -logsigmoid(beta * (log_ratio_a - log_ratio_b))                            (6)
+  ddpo_loss        = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))              (8)
+                     ratio = exp(log_ratio), A = (r - mean) / std of the prompt's rewards so far
+  dpok_loss        = ddpo_loss + kl_weight * KL(p_theta || p_pretrained)                        (9)
+p is the plain guided model, also for steps that were fused. In the first of the updates theta still
+equals theta_old: log_ratio is 0, and we keep log p_theta as the log p_theta_old of the others.
 
-Differences from the paper and from the authors' code (which samples and fuses; its training half was never published):
-1. Masks merge with XOR and come from the first up block alone, as in the paper; their code: OR (--mask_merge or), and a down block too.
-2. Eq. 7's right-hand side is lost in print: here the base; --adopt_against reference is the other reading. beta, kl_weight, clip range: ours.
-3. Items of several tokens (woolen = woo|len) are averaged over all of them; five prompts of their code point at a wrong one.
-4. The reference is replayed in one batch with the target, from the latents and maps kept when it was sampled: two passes instead of three.
-5. A text file of prompts gets its thresholds from a quantile of a few samples; the authors chose by eye. They can be edited.
+The loss stays near ln 2 (dpo) or 0 (ddpo, dpok) however well the model learns. Read `reward` over
+the rounds, `accuracy` (the share of pairs and steps with log_ratio_a > log_ratio_b) and `margin`.
 
-  $ python dfusion_dpo.py                                       # the toy world, two minutes on a CPU core
-  $ python dfusion_dpo.py --naive --out runs/naive              # the baseline: the same pairs, a = reference
-  $ python dfusion_dpo.py --model sd21 --algo ddpo --template template2
+Differences from the paper and its code, which samples and fuses but has no training:
+1. We merge masks with XOR and take maps from the first up block, as in the paper. The code merges
+   with OR (--mask_merge or) and takes maps from a down block, too.
+2. The right-hand side of Eq. 7 is lost in print. We take the base; --adopt_against reference is the
+   other reading. The paper gives no beta, kl_weight or clip range: ours come from related code.
+3. Where an item has several tokens (woolen = woo|len), we average over all of them. Five prompts of
+   the code point at a wrong token.
+4. We replay the reference in one batch with the target, from the latents and maps that we kept when
+   it was sampled. That takes two passes instead of three.
+5. Prompts from a text file get their thresholds from a quantile of a few samples. The authors chose
+   theirs by eye; ours can be edited.
+6. DDPO and DPOK train on the images of the pairs. The paper does not say so; DDPO's own code trains
+   on all samples.
+
+  $ python dfusion_dpo.py                             # the toy world: two minutes on a CPU core
+  $ python dfusion_dpo.py --naive --out runs/naive    # the baseline: the same pairs, a = reference
+  $ python dfusion_dpo.py --model sd21 --algo ddpo --template template2        # one CUDA GPU
 """
+
 import argparse
 import contextlib
-import json
 import math
 import re
+import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tqdm import tqdm
 
-from common import (REWARDS, Parser, Run, base_model, condition, decode, denoise, die, encode_once, generator, held_out, initial_latents,
-                    launch, load_model, load_reward, make_scheduler, nearest, pick_device, predict_x0, print_settings, read_prompts, row_of, save_grid,
-                    trainable)
+from common import ROOT, base_model, condition, decode_in_parts, denoise, encode_once, generator
+from common import initial_latents, load_model, make_scheduler, make_trainable, pick_device
+from common import predict_x0
+from data.items import read_items, token_span, write_items
+from data.prompts import read_prompts
+from rewards import REWARDS, load_reward
+from run_folder import Run, SettingsHelp, check_out, chosen_model, held_out, print_settings
+from run_folder import readable_errors, run_name, save_grid, score, settings_for
 
-PROMPTS = Path(__file__).resolve().parent / "prompts"
-PAPER = {  # Table 3: batch 4 x 160 = 640 images of 40 prompts a round, two updates a round, 25.6k images; the authors' code: LoRA rank 4
-    "sd21": dict(train_steps=80, batch_size=640, images_per_prompt=16, inner_epochs=2, lr=1e-4, num_inference_steps=20, guidance_scale=5.,
-                 adoption_threshold=1., lora_rank=4, resolution=512, reward="clip_h"),
+PAPER = {  # Table 3: 4 x 160 images of 40 prompts per round, 25,600 in all. LoRA rank: the code
+    "sd21": dict(
+        train_steps=80, batch_size=640, images_per_prompt=16, inner_epochs=2, resolution=512,
+        num_inference_steps=20, guidance_scale=5.0, adoption_threshold=1.0, lr=1e-4, lora_rank=4,
+        reward="clip_h",
+    ),
 }
-OURS = {   # rows the paper does not have
-    "sd14": dict(PAPER["sd21"]),
-    "sd15": dict(PAPER["sd21"]),
-    "sd21": dict(PAPER["sd21"]),
-    "sdxl": dict(PAPER["sd21"], resolution=1024),
-    "toy": dict(train_steps=16, batch_size=64, images_per_prompt=8, inner_epochs=2, lr=1e-3, num_inference_steps=10, guidance_scale=1.,
-                trained_steps="4-3",                                      # where fused DPO's gradient comes nearest to the reward's: see README
-                adoption_threshold=1., lora_rank=8, resolution=64, reward="toy_clip", prompts="dfusion_toy.json",
-                mask_layer=5, item_token="next"),                         # 8 x 8; the first up block's 4 x 4 is too coarse for these objects
+OURS = {  # what we change, and the models that the paper does not have
+    "sd14": PAPER["sd21"],
+    "sd15": PAPER["sd21"],
+    "sd21": PAPER["sd21"],
+    "sdxl": {**PAPER["sd21"], "resolution": 1024},
+    "toy": dict(
+        train_steps=16, batch_size=64, images_per_prompt=8, inner_epochs=2, resolution=64,
+        num_inference_steps=10, guidance_scale=1.0, adoption_threshold=1.0, lr=1e-3, lora_rank=8,
+        reward="toy_clip", prompts=f"{ROOT}/data/dfusion_toy.json",
+        # Block 5 is 8 x 8. The first up block is 4 x 4, which is too coarse for these objects.
+        mask_layer=5, item_token="next",
+        # Of 10 steps. There the gradient of fused DPO comes nearest to the reward's.
+        trained_steps="4-3",
+    ),
 }
-CLIP_RANGE = .1                                                           # eps of Eq. 8: the authors' config; ddpo-pytorch has 1e-4
-MASK_QUANTILE = .8                                                        # ours: an item covers about a fifth of the picture
+ETA = 1.0  # DDIM's noise weight, Table 3: each step adds as much noise as in ancestral sampling
+CLIP_RANGE = 0.1  # of Eq. 8, from the authors' configuration; ddpo-pytorch has 1e-4
+MASK_QUANTILE = 0.8  # ours: an item covers about a fifth of the picture
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("--model", default="toy", help=f"{', '.join(OURS)}; or a diffusers folder or hub id (id@revision)")
-    row = parser.settings(argv, OURS)
-    parser.add_argument("--reward", default=row["reward"], help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH")
-    parser.add_argument("--algo", choices=("dpo", "ddpo", "dpok"), default="dpo", help="Eq. 6, 8 or 9")
-    parser.add_argument("--naive", action="store_true", help="no fusion: train on references and bases, the baseline")
-    parser.add_argument("--prompts", default=str(PROMPTS / row.get("prompts", "dfusion_templates.json")),
-                        help="JSON as in prompts/, or a text file with a line 'prompt | item; item' each")
-    parser.add_argument("--template", help="which list of the JSON file (its first)")
-    parser.add_argument("--test_prompts", default=argparse.SUPPRESS, help="text file of held-out prompts, the first 16 (the JSON's own list)")
-    parser.add_argument("--train_steps", type=int, default=row["train_steps"], help="optimizer updates; inner_epochs of them make a round")
-    parser.add_argument("--batch_size", type=int, default=row["batch_size"], help="images sampled a round")
-    parser.add_argument("--images_per_prompt", type=int, default=row["images_per_prompt"], help="of one prompt in a round, and at once in the denoiser")
-    parser.add_argument("--micro_batch", type=int, default=8, help="images per gradient pass, an image being one timestep of one trajectory")
-    parser.add_argument("--inner_epochs", type=int, default=row["inner_epochs"], help="updates on a round's pairs")
-    parser.add_argument("--trained_steps", help="timesteps that are trained on, counted down to 1, as 20-6 (all; toy, of 10: 4-3)")
-    parser.add_argument("--train_timesteps", type=int, help="so many of them, drawn anew for each pair (all)")
-    parser.add_argument("--resolution", type=int, default=row["resolution"], help="pixels")
-    parser.add_argument("--num_inference_steps", type=int, default=row["num_inference_steps"], help="sampling steps, in training and after")
-    parser.add_argument("--guidance_scale", type=float, default=row["guidance_scale"], help="of the policy, in training and after; 1: none")
-    parser.add_argument("--fusion_layers", help="blocks with attention, numbered from 0 down, mid, up, as 3-6 (the mid block and all after it)")
-    parser.add_argument("--fusion_steps", help="timesteps that are fused, counted down to 1, as 18-1 (all but the first two)")
-    parser.add_argument("--mask_layer", type=int, default=row.get("mask_layer"), help="block whose cross-attention makes the mask (first up block)")
-    parser.add_argument("--item_token", choices=("own", "next"), default=row.get("item_token", "own"),
-                        help="whose map marks an item: its own tokens', or the next one's (toy's text encoder completes a thing only there)")
-    parser.add_argument("--mask_merge", choices=("xor", "or"), default="xor", help="how the items' masks make one")
-    parser.add_argument("--adoption_threshold", type=float, default=row["adoption_threshold"], help="lambda of Eq. 7")
-    parser.add_argument("--adopt_against", choices=("base", "reference"), default="base", help="whose reward the target must reach")
-    parser.add_argument("--trajectory", choices=("recorded", "inversion"), default="recorded", help="inversion: the ablation of section 4.4")
-    parser.add_argument("--beta", type=float, default=.1, help="of Eq. 6; nearly inert, as AdamW is blind to the loss's scale")        # ours: D3PO's
-    parser.add_argument("--kl_weight", type=float, default=.01, help="of Eq. 9's KL")                                                  # ours: DPOK's code
-    parser.add_argument("--lr", type=float, default=row["lr"], help="learning rate of AdamW")
-    parser.add_argument("--lora_rank", type=int, default=row["lora_rank"], help="LoRA rank (alpha = rank); 0 trains the full denoiser")
-    parser.add_argument("--init_lora", help="start from this LoRA")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, for another forward call in the gradient step")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")
-    parser.add_argument("--save_every", type=int, default=4, help="updates between snapshots, each with a sample grid and held-out reward")
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--out", help="run folder (runs/dfusion_dpo-MODEL-REWARD)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where its last checkpoint stands")
-    args = parser.finish(argv, "dfusion_dpo")
-    args.test_prompts = getattr(args, "test_prompts", None)
-    last = args.num_inference_steps
-    known = row.get("trained_steps") if last == row["num_inference_steps"] else None
-    args.trained_steps = args.trained_steps or known or f"{last}-1"
-    args.train_timesteps = args.train_timesteps or last
+    parser = argparse.ArgumentParser("dfusion_dpo.py", None, __doc__, formatter_class=SettingsHelp)
+    add = parser.add_argument
+    add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
+    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH")
+    add("--algo", choices=("dpo", "ddpo", "dpok"), default="dpo", help="Eq. 6, 8 or 9")
+    add("--naive", action="store_true", help="do not fuse: train on references and bases")
+    add(
+        "--prompts", default=f"{ROOT}/data/dfusion_templates.json",
+        help="JSON as in data/, or a text file with one line 'prompt | item; item' per prompt",
+    )
+    add("--template", help="which list of the JSON file; by default its first")
+    add("--test_prompts", help="held-out prompts, of which we take 16; by default the JSON's own")
+    add("--train_steps", type=int, help="optimizer updates; inner_epochs of them make a round")
+    add("--batch_size", type=int, help="images sampled per round")
+    add("--images_per_prompt", type=int, help="images per prompt in a round, sampled in one batch")
+    add(
+        "--micro_batch", type=int, default=8,
+        help="images per gradient pass, to save memory; an image is one step of one trajectory",
+    )
+    add("--inner_epochs", type=int, help="updates on a round's pairs")
+    add("--trained_steps", help="steps to train on, as 20-6; by default all, on toy 4-3 of 10")
+    add("--train_timesteps", type=int, help="how many of them to draw per pair; by default all")
+    add("--resolution", type=int, help="pixels")
+    add("--num_inference_steps", type=int, help="sampling steps, in training and after")
+    add("--guidance_scale", type=float, help="guidance, in training and after; 1 is none")
+    add("--fusion_layers", help="blocks to fuse in, as 3-6; by default the mid block and all after")
+    add("--fusion_steps", help="steps to fuse, as 18-1; by default all but the first two")
+    add("--mask_layer", type=int, help="block that makes the mask; by default the first up block")
+    add(
+        "--item_token", choices=("own", "next"), default="own",
+        help="whose maps mark an item: those of its own tokens, or that of the token after them",
+    )
+    add("--mask_merge", choices=("xor", "or"), default="xor", help="how to merge the items' masks")
+    add("--adoption_threshold", type=float, help="lambda of Eq. 7")
+    add(
+        "--adopt_against", choices=("base", "reference"), default="base",
+        help="whose reward the target's is compared with in Eq. 7",
+    )
+    add(
+        "--trajectory", choices=("recorded", "inversion"), default="recorded",
+        help="inversion replaces the trajectories by DDIM inversion, the ablation of section 4.4",
+    )
+    add("--beta", type=float, default=0.1, help="weight of the log ratio in Eq. 6")  # D3PO's
+    add("--kl_weight", type=float, default=0.01, help="weight of the KL in Eq. 9")  # DPOK's code
+    add("--lr", type=float, help="learning rate of AdamW")
+    add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
+    add("--init_lora", help="start from this LoRA")
+    add("--checkpointing", action="store_true", help="save memory, for one more forward pass")
+    add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
+    add("--save_every", type=int, default=4, help="updates between snapshots with samples")
+    add("--seed", type=int, default=0, help="the random seed")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--out", help="run folder; by default runs/dfusion_dpo-MODEL-REWARD")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    settings = dict(settings_for(OURS, chosen_model(argv)))
+    # This default fits only the number of steps that it was chosen for, so it comes later.
+    own_trained_steps = settings.pop("trained_steps", None)
+    parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+
     if args.naive and (args.fusion_layers or args.fusion_steps):
-        parser.error("--naive fuses nothing: --fusion_layers and --fusion_steps have no part in it")
-    args.fusion_steps = args.fusion_steps or f"{max(last - 2, 1)}-1"
-    if args.images_per_prompt < 4 or args.images_per_prompt % 4 or args.batch_size % args.images_per_prompt:
-        parser.error(f"--images_per_prompt {args.images_per_prompt} --batch_size {args.batch_size}: images of a prompt are a multiple of 4 (references "
-                     "are the best quarter), images of a round a multiple of that")
-    if args.micro_batch % 2:
-        parser.error(f"--micro_batch {args.micro_batch}: an even number, half a and half b")
-    if args.inner_epochs < 1 or not 1 <= args.train_timesteps <= last:
-        parser.error(f"--inner_epochs {args.inner_epochs} --train_timesteps {args.train_timesteps} --num_inference_steps {last}: "
-                     "1 <= train_timesteps <= num_inference_steps, and at least one epoch")
-    for name in ("fusion_steps", "trained_steps"):
-        counted = span(name, getattr(args, name))
-        if not 1 <= counted[0] <= counted[-1] <= last:
-            parser.error(f"--{name} {getattr(args, name)}: timesteps are counted {last} down to 1")
-    span("fusion_layers", args.fusion_layers or "0")
-    if not (0 < args.beta < math.inf and 0 <= args.kl_weight < math.inf and 1 <= args.guidance_scale < math.inf and args.adoption_threshold < math.inf):
-        parser.error(f"--beta {args.beta:g} --kl_weight {args.kl_weight:g} --guidance_scale {args.guidance_scale:g} --adoption_threshold "
-                     f"{args.adoption_threshold:g}: beta above 0, kl_weight 0 or more, guidance 1 or more, the threshold a number")
-    if args.algo == "dpok" and not args.lora_rank:
-        parser.error("--algo dpok --lora_rank 0: the KL needs the pretrained model, which is the LoRA's base; a full fine-tune has lost it")
+        parser.error("--naive fuses nothing: leave out --fusion_layers and --fusion_steps")
+    num_steps = args.num_inference_steps
+    if args.trained_steps is None and num_steps == settings["num_inference_steps"]:
+        args.trained_steps = own_trained_steps
+    args.trained_steps = args.trained_steps or f"{num_steps}-1"
+    args.fusion_steps = args.fusion_steps or f"{max(num_steps - 2, 1)}-1"
+    args.train_timesteps = args.train_timesteps or num_steps
+    if args.images_per_prompt < 4 or args.images_per_prompt % 4:
+        parser.error("--images_per_prompt must be a multiple of 4: the best quarter are references")
+    if args.batch_size % args.images_per_prompt:
+        parser.error("--batch_size must be a multiple of --images_per_prompt")
+    if args.micro_batch < 2 or args.micro_batch % 2:
+        parser.error("--micro_batch must be even: a pair is two images")
+    if args.algo == "dpok" and args.lora_rank == 0:
+        parser.error("--algo dpok needs the pretrained model, which --lora_rank 0 overwrites")
+    args.out = args.out or run_name("dfusion_dpo", args)
+    check_out(args)
     return args
 
 
-def span(name, text):
-    """"3-6", "18-1" or "3" -> range of the whole numbers from the smaller to the larger one, inclusive."""
-    ends = text.split("-")
-    if len(ends) > 2 or not all(x.isdecimal() for x in ends):
-        die(f"--{name} {text}: two numbers with a dash, such as 3-6, or one")
-    return range(min(map(int, ends)), max(map(int, ends)) + 1)
+def number_range(flag, text):
+    """A flag's "3-6", "18-1" or "3" -> range from the smaller to the larger number, inclusive."""
+    if not re.fullmatch(r"\d+(-\d+)?", text):
+        sys.exit(f"{flag} {text}: it must be one number, or two with a dash, such as 3-6")
+    ends = [int(end) for end in text.split("-")]
+    return range(min(ends), max(ends) + 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# the policy: DDIM's step as a Gaussian, and the three losses
+def step_indices(flag, text, num_inference_steps):
+    """A flag's steps, counted down to 1 as in the paper -> range of indices i, counted up from 0.
+
+    Of 20 steps "18-1" is range(2, 20): all but the first two, which are the noisiest.
+    """
+    counted = number_range(flag, text)
+    if counted[0] < 1 or counted[-1] > num_inference_steps:
+        sys.exit(f"{flag} {text}: steps are counted from {num_inference_steps} down to 1")
+    return range(num_inference_steps - counted[-1], num_inference_steps - counted[0] + 1)
 
 
-def alphas(scheduler, t):
-    """t (B,) of scheduler.timesteps, on the CPU -> abar_t and abar_prev, (B, 1, 1, 1) each, on the CPU."""
-    t = t.view(-1, 1, 1, 1)
-    t_prev = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    return scheduler.alphas_cumprod[t], torch.where(t_prev < 0, scheduler.final_alpha_cumprod, scheduler.alphas_cumprod[t_prev.clamp(min=0)])
-
-
-def predict(scheduler, noise_pred, t, latents):
-    """The model's output at t (B,) -> x0hat and eps (B, C, h, w), whatever the model predicts."""
-    a = alphas(scheduler, t)[0].to(latents)
-    x0 = predict_x0(scheduler, noise_pred, t.view(-1, 1, 1, 1), latents)
-    return x0, (latents - a.sqrt() * x0) / (1 - a).sqrt()
-
-
-def ddim_step(scheduler, noise_pred, t, latents):
-    """Eq. 1 with eta 1: p(x_{t-1} | x_t) = N(mu, sigma^2). noise_pred, latents (B, C, h, w), t (B,) on the CPU -> mu like latents, sigma (B, 1, 1, 1)."""
-    a, a_prev = (x.to(latents) for x in alphas(scheduler, t))
-    variance = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-    x0, eps = predict(scheduler, noise_pred, t, latents)
-    return a_prev.sqrt() * x0 + (1 - a_prev - variance).sqrt() * eps, variance.sqrt()
-
-
-def log_normal(x, mu, sigma):
-    """log N(x; mu, sigma^2), (B, C, h, w) -> (B,): the mean over the latent's numbers, as all code of this family has it, not the sum."""
-    return (-(x - mu) ** 2 / (2 * sigma ** 2) - sigma.log() - .5 * math.log(2 * math.pi)).mean((1, 2, 3))
-
-
-def normal_kl(mu, mu_pretrained, sigma):
-    """KL(N(mu, sigma^2) || N(mu_pretrained, sigma^2)), (B, C, h, w) -> (B,): the mean over the latent's numbers, as log_normal has it."""
-    return ((mu - mu_pretrained) ** 2 / (2 * sigma ** 2)).mean((1, 2, 3))
+# --------------------------------------------------------------------------------------------------
+# The losses
 
 
 def dpo_loss(log_ratio_a, log_ratio_b, beta):
-    """Eq. 6; log_ratio (B,) of the preferred and the other image at the same timesteps."""
-    return -F.logsigmoid(beta * (log_ratio_a - log_ratio_b)).mean()
+    """Eq. 6 of the preferred images a and the others b, each (B,) at the same steps -> scalar."""
+    margin = log_ratio_a - log_ratio_b
+    return -F.logsigmoid(beta * margin).mean()
 
 
 def ddpo_loss(log_ratio, advantage, clip_range):
-    """Eq. 8; log_ratio, advantage (B,)."""
-    rho = log_ratio.exp()
-    return torch.maximum(-advantage * rho, -advantage * rho.clamp(1 - clip_range, 1 + clip_range)).mean()
+    """Eq. 8, PPO's clipped objective: log_ratio (B,), advantage (B,) -> scalar.
+
+    A step whose probability moved further than the clip range in the right direction has no
+    gradient.
+    """
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped_ratio).mean()
 
 
 def dpok_loss(log_ratio, advantage, clip_range, kl, kl_weight):
-    """Eq. 9 with alpha = 1: only kl_weight / alpha counts for AdamW. kl (B,): KL(p_th || p_pretrained) per number of the latent."""
+    """Eq. 9 with alpha 1: kl (B,) is KL(p_theta || p_pretrained), a mean per number of latents."""
     return ddpo_loss(log_ratio, advantage, clip_range) + kl_weight * kl.mean()
 
 
-def advantages(history, r):
-    """r (B,) of a prompt's images, history: all rewards of its unfused samples so far, this round's too -> (r - mean) / std, within +-5."""
-    history = torch.tensor(history)
-    return ((r - history.mean()) / (history.std(correction=0) + 1e-6)).clamp(-5, 5)
+def advantages(rewards, past_rewards):
+    """Rewards (B,) of a prompt's images -> (r - mean) / std, within -5 .. 5.
+
+    past_rewards: list of all rewards of the prompt's plain samples so far, with this round's.
+    """
+    past = torch.tensor(past_rewards)
+    return ((rewards - past.mean()) / (past.std(correction=0) + 1e-6)).clamp(-5, 5)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# masks and fusion
+# --------------------------------------------------------------------------------------------------
+# The policy: a step of DDIM with eta 1 is a Gaussian
+
+
+def guided(model, scheduler, latents, i, prompts, guidance_scale):
+    """The model's output under guidance at step i, an int or (B,) -> (B, C, h, w).
+
+    The guided model is the policy: it samples, so its probabilities are the ones to change.
+    Both its halves, with the prompt and without, carry the gradient.
+    """
+    cond = condition(model, prompts)
+    uncond = condition(model, [None] * len(prompts))
+    return denoise(model, latents, scheduler.timesteps[i], cond, guidance_scale, uncond)
+
+
+def alpha_bars(scheduler):
+    """The signal's share alpha_bar of a trajectory's latents x[0] .. x[T] -> (T+1,)."""
+    before_each_step = scheduler.alphas_cumprod[scheduler.timesteps]
+    return torch.cat([before_each_step, scheduler.final_alpha_cumprod.view(1)])
+
+
+def ddim_variance(alpha_bar, next_alpha_bar):
+    """sigma^2 of the steps from alpha_bar to next_alpha_bar, in Eq. 1."""
+    return ETA**2 * (1 - next_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / next_alpha_bar)
+
+
+def predict_x0_and_eps(scheduler, noise_pred, t, latents):
+    """The model's output -> the clean latents and the noise that it implies, (B, C, h, w) each.
+
+    t: the timesteps of the latents, a scalar or (B,).
+    """
+    t = t.view(-1, 1, 1, 1)
+    alpha_bar = scheduler.alphas_cumprod[t].to(latents)
+    x0 = predict_x0(scheduler, noise_pred, t, latents)
+    eps = (latents - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+    return x0, eps
+
+
+def ddim_step(scheduler, noise_pred, i, latents):
+    """Eq. 1, step i, an int or (B,): p(x[i+1] | x[i]) is the Gaussian N(mu, sigma^2).
+
+    noise_pred, latents (B, C, h, w) -> mu (B, C, h, w), sigma (B or 1, 1, 1, 1).
+    """
+    bars = alpha_bars(scheduler)
+    alpha_bar = bars[i].view(-1, 1, 1, 1).to(latents)
+    next_alpha_bar = bars[i + 1].view(-1, 1, 1, 1).to(latents)
+    variance = ddim_variance(alpha_bar, next_alpha_bar)
+    x0, eps = predict_x0_and_eps(scheduler, noise_pred, scheduler.timesteps[i], latents)
+    # The part of the old noise that remains points where eps does; fresh noise fills the rest.
+    mu = next_alpha_bar.sqrt() * x0 + (1 - next_alpha_bar - variance).sqrt() * eps
+    return mu, variance.sqrt()
+
+
+def steps_with_noise(scheduler, steps):
+    """Those of the steps that add noise. A step without noise has no probability to train."""
+    bars = alpha_bars(scheduler)
+    variance = ddim_variance(bars[:-1], bars[1:])
+    return [i for i in steps if variance[i] > 0]
+
+
+def log_normal(x, mu, sigma):
+    """log N(x; mu, sigma^2) of (B, C, h, w) -> (B,).
+
+    A mean over the numbers of the latents, as DDPO's and D3PO's code have it, not a sum.
+    """
+    squares = (x - mu) ** 2 / (2 * sigma**2)
+    return (-squares - sigma.log() - 0.5 * math.log(2 * math.pi)).mean((1, 2, 3))
+
+
+def normal_kl(mu, mu_pretrained, sigma):
+    """KL(N(mu, sigma^2) || N(mu_pretrained, sigma^2)) -> (B,), a mean like log_normal."""
+    return ((mu - mu_pretrained) ** 2 / (2 * sigma**2)).mean((1, 2, 3))
+
+
+@torch.no_grad()
+def sample_trajectories(
+    model, scheduler, prompt, generators, guidance_scale, capture=None, token_spans=()
+):
+    """Samples images of one prompt, one per generator, and keeps all their latents.
+
+    capture: an installed CrossAttentionMaps, to keep the maps of the items, too.
+    Returns trajectories (B, T+1, C, h, w) and maps (B, T, items, s, s) or None, on the CPU.
+    """
+    prompts = [prompt] * len(generators)
+    latents = initial_latents(model, generators)
+    trajectory = [latents.cpu()]
+    maps = []
+    for i in range(len(scheduler.timesteps)):
+        noise_pred = guided(model, scheduler, latents, i, prompts, guidance_scale)
+        mu, sigma = ddim_step(scheduler, noise_pred, i, latents)
+        # The generators go on from where they stand: first x[0], then the noise of each step.
+        latents = mu + sigma * initial_latents(model, generators)
+        trajectory.append(latents.cpu())
+        if capture:
+            maps.append(capture.pop_item_maps(token_spans))
+    return torch.stack(trajectory, 1), torch.stack(maps, 1) if maps else None
+
+
+@torch.no_grad()
+def invert(model, scheduler, prompt, x0):
+    """Clean latents (B, C, h, w) -> trajectories (B, T+1, C, h, w) by DDIM inversion.
+
+    Section 4.4 replaces the recorded trajectories by these. Inversion runs the steps backwards: at
+    step i the model sees the latents x[i+1] but is asked as if they were x[i]. We run it
+    without guidance, as null-text inversion does.
+    """
+    prompts = [prompt] * len(x0)
+    bars = alpha_bars(scheduler)
+    # The timestep of each x[i]. The clean latents count as timestep 0.
+    timesteps = torch.cat([scheduler.timesteps, torch.zeros(1, dtype=torch.long)])
+    latents = x0.to(model.device)
+    trajectory = [x0]
+    for i in reversed(range(len(scheduler.timesteps))):
+        noise_pred = guided(model, scheduler, latents, i, prompts, guidance_scale=1.0)
+        x0_pred, eps = predict_x0_and_eps(scheduler, noise_pred, timesteps[i + 1], latents)
+        alpha_bar = bars[i].to(latents)
+        latents = alpha_bar.sqrt() * x0_pred + (1 - alpha_bar).sqrt() * eps
+        trajectory.insert(0, latents.cpu())
+    return torch.stack(trajectory, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Masks and fusion: reading and changing the denoiser's attention
 
 
 class CrossAttentionMaps:
-    """Attention processor of cross-attention: the stock one, which also keeps the softmaxed maps of the last `batch` rows, guidance's conditional
-    half, averaged over heads: (batch, h*w, tokens) per module."""
+    """A diffusers attention processor for cross-attention: the stock one, which keeps its maps.
+
+    A map says how much each place of the image attends to each token. We keep the maps of the last
+    `batch_size` rows, which under guidance are those with the prompt, as a mean over the heads.
+    """
+
     stock = AttnProcessor2_0()
 
-    def __init__(self, batch):
-        self.batch, self.maps = batch, []
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+        self.maps = []  # (B, h*w, tokens) of each module that ran since the last pop
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, *args, **kwargs):
-        q, k = attn.to_q(hidden_states[-self.batch:]), attn.to_k(encoder_hidden_states[-self.batch:])
-        q, k = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k))
-        self.maps.append((q @ k.mT * attn.scale).float().softmax(-1).mean(1))
+        q = split_heads(attn, attn.to_q(hidden_states[-self.batch_size :]))
+        k = split_heads(attn, attn.to_k(encoder_hidden_states[-self.batch_size :]))
+        scores = (q @ k.mT * attn.scale).float()  # (B, heads, h*w, tokens)
+        self.maps.append(scores.softmax(-1).mean(1))
         return self.stock(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
-    def take(self, spans):
-        """The mean over the modules since the last take, and over each item's tokens: (batch, items, s, s), on the CPU."""
-        maps = torch.stack(self.maps).mean(0)
+    def pop_item_maps(self, token_spans):
+        """The maps since the last pop, as a mean over modules and over the tokens of each item.
+
+        token_spans: for each item the positions of its tokens -> (B, items, s, s) on the CPU.
+        """
+        maps = torch.stack(self.maps).mean(0)  # (B, h*w, tokens)
         self.maps.clear()
         side = math.isqrt(maps.shape[1])
-        return torch.stack([maps[:, :, tokens].mean(-1) for tokens in spans], 1).unflatten(2, (side, side)).cpu()
+        item_maps = [maps[:, :, tokens].mean(-1) for tokens in token_spans]
+        return torch.stack(item_maps, 1).unflatten(2, (side, side)).cpu()
 
 
 class SelfAttentionFusion:
-    """Attention processor of self-attention: the stock one while `masks` is None. Else each guidance half is [n references | m targets], masks
-    (m, s, s) bool, source (m,) the reference of each target, and the targets get Eq. 5's keys and values."""
+    """A diffusers attention processor for self-attention: Eq. 5, or the stock one without masks.
+
+    The batch is [n references | m targets], and under guidance two such halves. Set `masks`, bool
+    (m, s, s), to fuse. Target j then takes its keys and values inside of masks[j] from the
+    reference reference_of[j]. Its queries stay its own, and so do the references.
+    """
+
     stock = AttnProcessor2_0()
-    n = masks = source = None
+
+    def __init__(self, num_references, reference_of):
+        self.num_references = num_references
+        self.reference_of = reference_of
+        self.masks = None
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
         if self.masks is None:
             return self.stock(attn, hidden_states, *args, **kwargs)
         side = math.isqrt(hidden_states.shape[1])
-        mask = F.interpolate(self.masks[:, None].float(), (side, side), mode="nearest").flatten(2).mT.bool()          # (m, h*w, 1): key positions
-        q, k, v = attn.to_q(hidden_states), self.fused(attn.to_k(hidden_states), mask), self.fused(attn.to_v(hidden_states), mask)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(q.dtype)
+        masks = F.interpolate(self.masks[:, None].float(), (side, side), mode="nearest")
+        key_masks = masks.flatten(2).mT.bool()  # (m, h*w, 1): one decision per key position
+        q = attn.to_q(hidden_states)
+        k = self.fuse(attn.to_k(hidden_states), key_masks)
+        v = self.fuse(attn.to_v(hidden_states), key_masks)
+        q, k, v = [split_heads(attn, x) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = out.transpose(1, 2).flatten(2).to(q.dtype)  # (B, h*w, channels)
+        # The output projection, and diffusers' dropout, which is off.
         return attn.to_out[1](attn.to_out[0](out))
 
-    def fused(self, x, mask):
-        """Keys or values (halves * (n + m), h*w, c) -> the same, the targets' where the mask is set taken from their references'."""
-        x = x.unflatten(0, (-1, self.n + len(mask)))
-        return torch.cat([x[:, :self.n], torch.where(mask, x[:, self.source], x[:, self.n:])], 1).flatten(0, 1)
+    def fuse(self, x, key_masks):
+        """Eq. 5: keys or values (halves * (n + m), h*w, channels) -> the fused ones."""
+        halves = x.unflatten(0, (-1, self.num_references + len(key_masks)))
+        references = halves[:, : self.num_references]
+        targets = halves[:, self.num_references :]
+        fused = torch.where(key_masks, references[:, self.reference_of], targets)
+        return torch.cat([references, fused], 1).flatten(0, 1)
+
+
+def split_heads(attn, x):
+    """(B, tokens, heads * d) -> (B, heads, tokens, d)."""
+    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 @contextlib.contextmanager
-def installed(model, processor, names):
-    """Inside, these attention modules use the processor, in eager mode; stock ones are put back whatever happens."""
+def installed(model, processor, module_names):
+    """Inside, the named attention modules use the processor. The stock ones always come back."""
     stock = model.denoiser.attn_processors
+    changed = dict(stock)
+    for name in module_names:
+        changed[name] = processor
     try:
-        model.denoiser.set_attn_processor({k: processor if k in names else p for k, p in stock.items()})
-        with torch.compiler.set_stance("force_eager"):                    # it keeps state, which a compiled block would bake in
+        model.denoiser.set_attn_processor(changed)
+        # Our processors keep state, which a compiled block would bake in.
+        with torch.compiler.set_stance("force_eager"):
             yield processor
     finally:
         model.denoiser.set_attn_processor(stock)
 
 
 def attention_blocks(model):
-    """The denoiser's blocks with attention in the paper's order (0 to 6 in SD): down, mid, up. Their names happen to sort that way."""
-    return sorted({k.split(".attentions")[0] for k in model.denoiser.attn_processors})
+    """The denoiser's blocks with attention, in the paper's order: down, mid, up (0 .. 6 in SD)."""
+    names = {name.split(".attentions")[0] for name in model.denoiser.attn_processors}
+    # "down_blocks.0" < "mid_block" < "up_blocks.1": the alphabet has the right order.
+    return sorted(names)
 
 
-def modules_of(model, blocks, kind):
-    """Names of the blocks' self-attention ("attn1") or cross-attention ("attn2") processors."""
-    return [k for k in model.denoiser.attn_processors if k.split(".attentions")[0] in blocks and f".{kind}." in k]
+def module_names(model, blocks, kind):
+    """The self-attention ("attn1") or cross-attention ("attn2") processors of some blocks."""
+    return [
+        name
+        for name in model.denoiser.attn_processors
+        if name.split(".attentions")[0] in blocks and f".{kind}." in name
+    ]
 
 
-def token_span(tokenizer, prompt, item, which="own"):
-    """The positions of an item's tokens in the encoded prompt, or of the next token. The item is one or more whole words that occur once."""
-    found = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(item)}(?!\w)", prompt, re.IGNORECASE)]
-    if len(found) != 1:
-        die(f"prompt {prompt!r}: its item {item!r} occurs {len(found)} times in it; once is needed: name it with more of its words")
-    (start, end), = found
-    offsets = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=tokenizer.model_max_length).offset_mapping
-    tokens = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > start]
-    tokens = tokens or die(f"prompt {prompt!r}: its item {item!r} lies behind the {tokenizer.model_max_length} tokens that the model reads")
-    return tokens if which == "own" else [tokens[-1] + 1]                 # there is one: the end of the text
+def item_token_spans(args, model, row):
+    """For each item of a row of the prompts file, the tokens whose maps mark it."""
+    tokenizer = model.pipe.tokenizer
+    return [token_span(tokenizer, row["prompt"], item, args.item_token) for item in row["items"]]
 
 
 def merge_masks(maps, thresholds, merge):
-    """Eq. 4. maps (..., items, s, s), one threshold an item -> bool (..., s, s)."""
-    items = maps >= torch.tensor(thresholds).view(-1, 1, 1)
-    return items.sum(-3) % 2 == 1 if merge == "xor" else items.any(-3)
-
-
-def guided(model, latents, t, prompts, guidance_scale):
-    """The policy's output (B, C, h, w): the model under guidance. t (B,), on the CPU."""
-    return denoise(model, latents, t, condition(model, prompts), guidance_scale, condition(model, [None] * len(prompts)))
-
-
-@torch.no_grad()
-def sample_trajectories(model, scheduler, prompt, generators, guidance_scale, maps_of=None, spans=()):
-    """Samples a prompt's images, one per generator -> trajectories (B, T+1, C, h, w) fp32, x_T first, on the CPU; with maps_of, an installed
-    CrossAttentionMaps, also the items' maps (B, T, items, s, s)."""
-    prompts = [prompt] * len(generators)
-    latents = initial_latents(model, generators)
-    trajectory, maps = [latents.cpu()], []
-    for t in scheduler.timesteps:
-        t = t.expand(len(prompts))
-        mu, sigma = ddim_step(scheduler, guided(model, latents, t, prompts, guidance_scale), t, latents)
-        latents = mu + sigma * initial_latents(model, generators)         # the generators go on: x_T first, then each step's noise
-        trajectory.append(latents.cpu())
-        if maps_of:
-            maps.append(maps_of.take(spans))
-    return torch.stack(trajectory, 1), torch.stack(maps, 1) if maps else None
-
-
-@torch.no_grad()
-def fuse(model, scheduler, fusion, prompt, references, bases, source, masks, generators, guidance_scale, steps):
-    """Denoises each base's noise again, in `steps` (range of indices of scheduler.timesteps) with its reference's keys and values in the masks.
-
-    references (n, T+1, C, h, w) and their masks (n, T, s, s), bases (m, T+1, C, h, w), source (m,) of references, the bases' generators anew;
-    fusion: the installed SelfAttentionFusion -> targets (m, T+1, C, h, w), on the CPU. Before the first of `steps` a target is its base.
-    """
-    n, m = len(references), len(bases)
-    latents = initial_latents(model, generators)
-    targets = [latents.cpu()]
-    for i, t in enumerate(scheduler.timesteps):
-        noise, t = initial_latents(model, generators), t.expand(m)
-        if i < steps.start:
-            latents = bases[:, i + 1].to(model.device)
-        else:
-            if i in steps:                                                # the reference as it was then, beside the target
-                fusion.n, fusion.source, fusion.masks = n, source.to(model.device), masks[source, i].to(model.device)
-                both = torch.cat([references[:, i].to(model.device), latents])
-                noise_pred = guided(model, both, t[:1].expand(n + m), [prompt] * (n + m), guidance_scale)[n:]
-                fusion.masks = None
-            else:
-                noise_pred = guided(model, latents, t, [prompt] * m, guidance_scale)
-            mu, sigma = ddim_step(scheduler, noise_pred, t, latents)
-            latents = mu + sigma * noise
-        targets.append(latents.cpu())
-    return torch.stack(targets, 1)
-
-
-@torch.no_grad()
-def invert(model, scheduler, prompt, x0):
-    """The ablation's trajectories (section 4.4): DDIM inversion of x0 (B, C, h, w), diffusers' DDIMInverseScheduler's: the model is asked at t about
-    latents of the level before. Without guidance, as null-text inversion has it (ours) -> (B, T+1, C, h, w), x_T first."""
-    latents, trajectory = x0.to(model.device), [x0]
-    for t in scheduler.timesteps.flip(0):
-        t = t.expand(len(x0))
-        t_prev = (t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps).clamp(min=0)
-        x0, eps = predict(scheduler, guided(model, latents, t, [prompt] * len(x0), 1.), t_prev, latents)
-        a, _ = alphas(scheduler, t)
-        latents = a.sqrt().to(latents) * x0 + (1 - a).sqrt().to(latents) * eps
-        trajectory.insert(0, latents.cpu())
-    return torch.stack(trajectory, 1)
-
-
-# ------------------------------------------------------------------------------------------------------------------------------------
-# prompts, items and thresholds
-
-
-def read_items(path, template):
-    """JSON {template: {"train": [{"prompt", "items", "thresholds"}], "test": [prompt]}} or lines 'prompt | item; item' -> train rows, test prompts.
-    Rows may lack thresholds; a text file has none, and no test prompts."""
-    lines = read_prompts(path)
-    try:
-        if path.endswith(".json"):
-            file = json.loads("\n".join(lines))
-            if template and template not in file:
-                die(f"--template {template}: {path} has no such template; {nearest(template, list(file))}")
-            rows, tests = (file[template or next(iter(file))][k] for k in ("train", "test"))
-        elif template:
-            die(f"--template {template}: {path} is a text file; templates are a JSON file's")
-        else:
-            rows, tests = [dict(prompt=p.strip(), items=[x.strip() for x in items.split(";")]) for p, items in (line.split("|") for line in lines)], []
-        for row in rows:
-            numbers = row.get("thresholds", [0] * len(row["items"]))
-            if not row["items"] or not row.keys() <= {"prompt", "items", "thresholds"} or len(numbers) != len(row["items"]):
-                raise ValueError(f"{row['prompt']!r} has not as many thresholds as items, or other keys")
-            for value, kind in (*((x, str) for x in (row["prompt"], *row["items"], *tests)), *((x, (int, float)) for x in numbers)):
-                if not isinstance(value, kind) or value == "" or "\0" in str(value):
-                    raise ValueError(f"{value!r} in the wrong place")
-        if len({row["prompt"] for row in rows}) < len(rows) or not rows:
-            raise ValueError("no prompt, or one twice")
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as e:              # RuntimeError: an empty object has no first template
-        die(f"prompts file {path}: {e}. Expected: " + ('{template: {"train": [{"prompt", "items", "thresholds"}, ...], "test": [prompt, ...]}}'
-                                                       if path.endswith(".json") else "lines of 'prompt | item; item'"))
-    return rows, tests
-
-
-def find_thresholds(args, model, scheduler, rows, modules, steps, out, num_images=4):
-    """Thresholds for rows that lack them: the MASK_QUANTILE of an item's maps over a few samples and the fused steps. The rows then hold them;
-    out/thresholds.png shows sample | each item's mask | merged mask of the first prompts."""
-    pictures = []
-    for i, row in enumerate(tqdm([row for row in rows if "thresholds" not in row], desc="thresholds")):
-        spans = [token_span(model.pipe.tokenizer, row["prompt"], item, args.item_token) for item in row["items"]]
-        with installed(model, CrossAttentionMaps(num_images), modules) as maps_of:
-            generators = [generator(args.seed, "threshold", i, k) for k in range(num_images)]
-            latents, maps = sample_trajectories(model, scheduler, row["prompt"], generators, args.guidance_scale, maps_of, spans)
-        maps = maps[:, steps]
-        row["thresholds"] = [float(f"{x:.3g}") for x in maps.transpose(0, 2).flatten(1).quantile(MASK_QUANTILE, 1)]
-        if i < 8:
-            image = decode(model, latents[:1, -1].to(model.device))[0].detach().cpu()
-            masks = [merge_masks(maps[0][:, [j]], row["thresholds"][j:j + 1], "or") for j in range(len(row["items"]))]
-            masks = [*masks, *masks[-1:] * (max(len(r["items"]) for r in rows) - len(masks)), merge_masks(maps[0], row["thresholds"], args.mask_merge)]
-            pictures += [image, *(shade(image, x) for x in masks)]
-    save_grid(torch.stack(pictures), out / "thresholds.png", columns=len(masks) + 1)
+    """Eq. 4: maps (..., items, s, s), one threshold per item -> masks (..., s, s), bool."""
+    item_masks = maps >= torch.tensor(thresholds).view(-1, 1, 1)
+    if merge == "xor":
+        # XOR of several: an odd number of them is true.
+        return item_masks.sum(-3) % 2 == 1
+    return item_masks.any(-3)
 
 
 def shade(image, masks):
-    """image (3, H, W), masks (steps, s, s) -> the image, dark where the mask is never set."""
-    return image * (.2 + .8 * F.interpolate(masks.float().mean(0)[None, None], image.shape[-2:], mode="nearest")[0])
+    """Image (3, H, W), masks (steps, s, s) -> the image, dark where the masks are never set."""
+    share = masks.float().mean(0)[None, None]
+    return image * (0.2 + 0.8 * F.interpolate(share, image.shape[-2:], mode="nearest")[0])
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# a round
+@torch.no_grad()
+def fuse(
+    model, scheduler, plan, prompt, references, bases, reference_of, masks, generators,
+    guidance_scale,
+):
+    """Denoises the noise of each base again, with items from its reference (section 3.2).
+
+    references (n, T+1, C, h, w) and their masks (n, T, s, s); bases (m, T+1, C, h, w);
+    reference_of (m,): each base's index among the references; generators: the bases', started anew.
+    Returns the targets' trajectories (m, T+1, C, h, w) on the CPU.
+    """
+    n = len(references)
+    m = len(bases)
+    latents = initial_latents(model, generators)
+    trajectory = [latents.cpu()]
+    processor = SelfAttentionFusion(n, reference_of.to(model.device))
+    with installed(model, processor, plan.fused_modules):
+        for i in range(len(scheduler.timesteps)):
+            noise = initial_latents(model, generators)
+            # Before the first fused step a target is its base.
+            if i < plan.fused_steps.start:
+                latents = bases[:, i + 1].to(model.device)
+                trajectory.append(latents.cpu())
+                continue
+            if i in plan.fused_steps:
+                # Replay the references as they were at this step, beside the targets.
+                processor.masks = masks[reference_of, i].to(model.device)
+                both = torch.cat([references[:, i].to(model.device), latents])
+                prompts = [prompt] * (n + m)
+                noise_pred = guided(model, scheduler, both, i, prompts, guidance_scale)[n:]
+                processor.masks = None
+            else:
+                noise_pred = guided(model, scheduler, latents, i, [prompt] * m, guidance_scale)
+            mu, sigma = ddim_step(scheduler, noise_pred, i, latents)
+            latents = mu + sigma * noise
+            trajectory.append(latents.cpu())
+    return torch.stack(trajectory, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# A round: samples of theta_old, made into pairs
+
+
+@dataclass
+class FusionPlan:
+    """Where and when we read and change attention."""
+
+    mask_modules: list  # names of the cross-attention processors whose maps make the masks
+    fused_modules: list  # names of the self-attention processors that fuse
+    fused_steps: range  # indices i
+
+
+@dataclass
+class Samples:
+    """Some images of one prompt, on the CPU."""
+
+    trajectories: torch.Tensor  # (B, T+1, C, h, w), fp32
+    images: torch.Tensor  # (B, 3, H, W) in [0, 1]
+    rewards: torch.Tensor  # (B,)
+
+    def __getitem__(self, indices):
+        return Samples(self.trajectories[indices], self.images[indices], self.rewards[indices])
 
 
 @dataclass
 class Pairs:
-    """What a round trains on. First index: 0 the preferred image a, 1 the base b."""
-    prompts: list                                                         # (P,)
-    trajectories: torch.Tensor                                            # (2, P, T+1, C, h, w) fp32, on the CPU
-    advantages: torch.Tensor                                              # (2, P)
-    pictures: list                                                        # base | reference | mask | target of a few pairs
+    """What a round trains on: P pairs. In the tensors, first comes a (0) or b (1)."""
+
+    prompts: list  # P texts
+    trajectories: torch.Tensor  # (2, P, T+1, C, h, w), fp32, on the CPU
+    advantages: torch.Tensor  # (2, P)
+    pictures: list  # base | reference | mask | target of the first pair of up to 8 prompts
+    stats: dict  # what the log says of the round
+
+
+def draw_prompts(args, rows, number):
+    """The prompts of round `number`, as indices of rows."""
+    draw = generator(args.seed, "prompts", number)
+    num_prompts = args.batch_size // args.images_per_prompt
+    return torch.randperm(len(rows), generator=draw)[:num_prompts].tolist()
+
+
+def noise_generators(args, number, row_index, images):
+    """New generators of the noise of some images of a prompt, which start from x[0]."""
+    return [generator(args.seed, "trajectory", number, row_index, int(k)) for k in images]
+
+
+def sample_prompt(args, model, scheduler, row, generators, plan):
+    """sample_trajectories of a row's prompt, with the maps of its items unless --naive."""
+    prompt = row["prompt"]
+    if args.naive:
+        return sample_trajectories(model, scheduler, prompt, generators, args.guidance_scale)
+    spans = item_token_spans(args, model, row)
+    capture = CrossAttentionMaps(len(generators))
+    with installed(model, capture, plan.mask_modules):
+        return sample_trajectories(
+            model, scheduler, prompt, generators, args.guidance_scale, capture, spans
+        )
+
+
+def score_trajectories(args, model, reward, prompt, trajectories):
+    """Decodes the last latents of trajectories and scores the images -> Samples."""
+    images = decode_in_parts(model, trajectories[:, -1].to(model.device), args.micro_batch)
+    prompts = [prompt] * len(images)
+    rewards = score(reward, images.to(model.device), prompts, args.micro_batch)
+    return Samples(trajectories, images, rewards)
+
+
+def choose(rewards):
+    """Rewards (N,) -> the indices of references (N/4,), of bases (N/2,), and the pairing.
+
+    References are the best quarter, bases the worst half, the best first in both. The pairing
+    (N/2,) says for each base which of the references is its own: 0, 0, 1, 1, and so on.
+    """
+    order = rewards.argsort(descending=True, stable=True)
+    num_references = len(rewards) // 4
+    references = order[:num_references]
+    bases = order[len(rewards) // 2 :]
+    return references, bases, torch.arange(num_references).repeat_interleave(2)
+
+
+def adopt(args, target, reference, base):
+    """Eq. 7: each target that is good enough, else the reference -> Samples, adopted (P,) bool."""
+    against = base if args.adopt_against == "base" else reference
+    adopted = target.rewards >= args.adoption_threshold * against.rewards
+    per_image = adopted.view(-1, 1, 1, 1)
+    preferred = Samples(
+        torch.where(per_image[..., None], target.trajectories, reference.trajectories),
+        torch.where(per_image, target.images, reference.images),
+        torch.where(adopted, target.rewards, reference.rewards),
+    )
+    return preferred, adopted
+
+
+def inverted(model, scheduler, prompt, samples):
+    """The same Samples with trajectories by DDIM inversion, the ablation of section 4.4."""
+    trajectories = invert(model, scheduler, prompt, samples.trajectories[:, -1])
+    return Samples(trajectories, samples.images, samples.rewards)
+
+
+def pair_up(prompt, preferred, base, past_rewards, pictures, stats):
+    """The pairs of one prompt: preferred and base, Samples of the same length."""
+    means = {name: values.float().mean().item() for name, values in stats.items()}
+    return Pairs(
+        prompts=[prompt] * len(base.rewards),
+        trajectories=torch.stack([preferred.trajectories, base.trajectories]),
+        advantages=torch.stack(
+            [advantages(preferred.rewards, past_rewards), advantages(base.rewards, past_rewards)]
+        ),
+        pictures=pictures,
+        stats=means,
+    )
+
+
+def join_pairs(parts):
+    """The Pairs of several prompts -> one. Statistics are means over the prompts."""
+    prompts = []
+    pictures = []
+    for k, part in enumerate(parts):
+        prompts += part.prompts
+        if k < 8:
+            pictures += part.pictures
+    stats = {}
+    for name in parts[0].stats:
+        values = [part.stats[name] for part in parts]
+        stats[name] = sum(values) / len(values)
+    trajectories = torch.cat([part.trajectories for part in parts], 1)
+    advantages = torch.cat([part.advantages for part in parts], 1)
+    return Pairs(prompts, trajectories, advantages, pictures, stats)
+
+
+def sample_round(args, model, scheduler, reward, rows, plan, history, number):
+    """Samples round `number` with the weights that the model has now, theta_old -> Pairs.
+
+    history: {prompt: {round: rewards}}, to which we add. A round that is sampled again replaces
+    its own rewards.
+    """
+    parts = []
+    for row_index in draw_prompts(args, rows, number):
+        row = rows[row_index]
+        prompt = row["prompt"]
+
+        # Sample the prompt's images. For the masks we keep where the items are in them.
+        generators = noise_generators(args, number, row_index, range(args.images_per_prompt))
+        trajectories, maps = sample_prompt(args, model, scheduler, row, generators, plan)
+
+        # Score them. These rewards, never those of fused images, are the prompt's history.
+        samples = score_trajectories(args, model, reward, prompt, trajectories)
+        history.setdefault(prompt, {})[number] = samples.rewards.tolist()
+
+        # Choose references and bases. `reference` and `base` have one image per pair.
+        references, bases, reference_of = choose(samples.rewards)
+        reference = samples[references[reference_of]]
+        base = samples[bases]
+        preferred = reference
+        pictures = [base.images[0], reference.images[0]]
+        stats = dict(reward=samples.rewards, reward_b=base.rewards)
+
+        if not args.naive:
+            # Mark the items in the references, at every step.
+            masks = merge_masks(maps[references], row["thresholds"], args.mask_merge)
+
+            # Denoise the bases' noise again, with the references' items.
+            generators = noise_generators(args, number, row_index, bases)
+            targets = fuse(
+                model, scheduler, plan, prompt, trajectories[references], trajectories[bases],
+                reference_of, masks, generators, args.guidance_scale,
+            )
+
+            # Fusion may fail. Keep a target only if it is good enough, else its reference.
+            target = score_trajectories(args, model, reward, prompt, targets)
+            preferred, adopted = adopt(args, target, reference, base)
+            fused_masks = masks[:, plan.fused_steps]
+            pictures += [shade(torch.ones_like(base.images[0]), fused_masks[0]), target.images[0]]
+            stats.update(reward_target=target.rewards, adoption=adopted, mask_area=fused_masks)
+
+        # Pair up, with each image's advantage over all plain samples of the prompt so far.
+        stats.update(reward_a=preferred.rewards)
+        past_rewards = finite_rewards(history[prompt])
+        if args.trajectory == "inversion":
+            preferred = inverted(model, scheduler, prompt, preferred)
+            base = inverted(model, scheduler, prompt, base)
+        parts.append(pair_up(prompt, preferred, base, past_rewards, pictures, stats))
+    return join_pairs(parts)
+
+
+def finite_rewards(rewards_of_rounds):
+    """{round: rewards} of a prompt -> all of them in one list, without NaN and Inf."""
+    rewards = []
+    for rewards_of_round in rewards_of_rounds.values():
+        rewards += [r for r in rewards_of_round if math.isfinite(r)]
+    return rewards
+
+
+# --------------------------------------------------------------------------------------------------
+# Thresholds for prompts that have none
+
+
+def find_thresholds(args, model, scheduler, rows, plan, path):
+    """Gives thresholds to the rows that have none, and shows the first 8 of them in a picture.
+
+    A line of the picture at `path` is a sample, the mask of each item, and the merged mask.
+    """
+    max_items = max(len(row["items"]) for row in rows)
+    missing = [row for row in rows if "thresholds" not in row]
+    pictures = []
+    for k, row in enumerate(tqdm(missing, desc="thresholds")):
+        generators = [generator(args.seed, "threshold", k, image) for image in range(4)]
+        trajectories, maps = sample_prompt(args, model, scheduler, row, generators, plan)
+        maps = maps[:, plan.fused_steps]
+        row["thresholds"] = item_thresholds(maps)
+        if k < 8:
+            image = decode_in_parts(model, trajectories[:1, -1].to(model.device), 1)[0]
+            pictures += mask_pictures(image, maps[0], row["thresholds"], args.mask_merge, max_items)
+    save_grid(torch.stack(pictures), path, columns=max_items + 2)
+
+
+def item_thresholds(maps):
+    """Maps (B, steps, items, s, s) -> one threshold per item: a quantile of its numbers."""
+    numbers_of_items = maps.transpose(0, 2).flatten(1)
+    quantiles = numbers_of_items.quantile(MASK_QUANTILE, 1)
+    return [float(f"{quantile:.3g}") for quantile in quantiles]
+
+
+def mask_pictures(image, maps, thresholds, merge, max_items):
+    """An image (3, H, W), the masks of its items, blank up to max_items, and the merged mask."""
+    pictures = [image]
+    for k, threshold in enumerate(thresholds):
+        pictures.append(shade(image, merge_masks(maps[:, [k]], [threshold], merge)))
+    # Prompts may differ in their number of items, but a grid has lines of one length.
+    num_blanks = max_items - len(thresholds)
+    pictures += [torch.ones_like(image)] * num_blanks
+    pictures.append(shade(image, merge_masks(maps, thresholds, merge)))
+    return pictures
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def read_test_prompts(args, prompts_of_file):
+    """The held-out prompts: those of --test_prompts, else those of the prompts file."""
+    if args.test_prompts:
+        return read_prompts(args.test_prompts)[:16]
+    if not prompts_of_file:
+        sys.exit(f"--test_prompts FILE is needed: {args.prompts} has no test prompts")
+    return prompts_of_file[:16]
+
+
+def check_rows(args, model, rows):
+    """Exits if a round needs more prompts than there are, or an item is not in its prompt."""
+    if len(rows) < args.batch_size // args.images_per_prompt:
+        at_most = len(rows) * args.images_per_prompt
+        sys.exit(f"--batch_size {args.batch_size}: {len(rows)} prompts have at most {at_most}")
+    for row in rows:
+        item_token_spans(args, model, row)
+
+
+def attention_modules(args, model):
+    """The names of the modules that make masks and of those that fuse.
+
+    Fills in --mask_layer and --fusion_layers where they are not given: the first up block
+    with cross-attention, and the mid block with all blocks after it.
+    """
+    blocks = attention_blocks(model)
+    up_blocks = [k for k, name in enumerate(blocks) if name.startswith("up")]
+    down_blocks = [k for k, name in enumerate(blocks) if name.startswith("down")]
+    if args.mask_layer is None:
+        args.mask_layer = up_blocks[0]
+    if args.fusion_layers is None:
+        args.fusion_layers = f"{len(down_blocks)}-{len(blocks) - 1}"
+
+    layers = number_range("--fusion_layers", args.fusion_layers)
+    if layers[-1] >= len(blocks) or not 0 <= args.mask_layer < len(blocks):
+        known = ", ".join(f"{k} {name}" for k, name in enumerate(blocks))
+        sys.exit(
+            f"--fusion_layers {args.fusion_layers} --mask_layer {args.mask_layer}: "
+            f"the blocks with attention are {known}"
+        )
+    mask_modules = module_names(model, [blocks[args.mask_layer]], "attn2")
+    fused_modules = module_names(model, [blocks[k] for k in layers], "attn1")
+    return mask_modules, fused_modules
+
+
+def draw_couples(args, number, num_pairs, trained_steps):
+    """The (pair, step) couples of a round -> (couples, 2).
+
+    Of each pair --train_timesteps of the trained steps, the same ones in every inner epoch.
+    """
+    couples = []
+    for pair in range(num_pairs):
+        draw = generator(args.seed, "timesteps", number, pair)
+        picks = torch.randperm(len(trained_steps), generator=draw)[: args.train_timesteps]
+        for k in picks.sort()[0]:
+            couples.append((pair, trained_steps[k]))
+    return torch.tensor(couples)
 
 
 def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
-    """The loss on pairs p (m,) at steps i (m,): one forward with gradient of 2m images, guidance's halves both in it, first the m a's, then their b's.
+    """The loss of couples: pairs p (B,) at steps i (B,), in one forward pass of 2B images.
 
-    log_prob_old (2m,): of th'; None while th = th', which it then is itself. Returns the loss, and (2m,) detached: log_prob, log_ratio, KL (or None).
+    log_prob_old (2B,): log p_theta_old, or None while theta equals theta_old.
+    Returns the loss, and without gradient log_prob, log_ratio and kl (None without DPOK), (2B,)
+    each, first for the a of every couple, then for the b.
     """
-    prompts, t, kl = [pairs.prompts[k] for k in p] * 2, scheduler.timesteps[i].repeat(2), None
-    x, x_prev = (pairs.trajectories[:, p, k].flatten(0, 1).to(model.device) for k in (i, i + 1))                     # (2m, C, h, w)
-    if args.algo == "dpok":                                               # before the forward: a checkpointed backward runs it again
-        with base_model(model), torch.no_grad():
-            mu_pretrained, _ = ddim_step(scheduler, guided(model, x, t, prompts, args.guidance_scale), t, x)
-    mu, sigma = ddim_step(scheduler, guided(model, x, t, prompts, args.guidance_scale), t, x)
-    log_prob = log_normal(x_prev, mu, sigma)
-    log_ratio = log_prob - (log_prob.detach() if log_prob_old is None else log_prob_old)
+    prompts = [pairs.prompts[k] for k in p] * 2
+    latents = pairs.trajectories[:, p, i].flatten(0, 1).to(model.device)
+    next_latents = pairs.trajectories[:, p, i + 1].flatten(0, 1).to(model.device)
     advantage = pairs.advantages[:, p].flatten().to(model.device)
+    i = i.repeat(2)
+
+    # Before the pass with gradient, whose forward --checkpointing runs again in the backward pass.
+    if args.algo == "dpok":
+        with base_model(model), torch.no_grad():
+            noise_pred = guided(model, scheduler, latents, i, prompts, args.guidance_scale)
+            mu_pretrained, _ = ddim_step(scheduler, noise_pred, i, latents)
+
+    # We score the step under the plain model, also where fusion made it.
+    noise_pred = guided(model, scheduler, latents, i, prompts, args.guidance_scale)
+    mu, sigma = ddim_step(scheduler, noise_pred, i, latents)
+    log_prob = log_normal(next_latents, mu, sigma)
+    if log_prob_old is None:
+        log_prob_old = log_prob.detach()
+    log_ratio = log_prob - log_prob_old
+
+    kl = None
     if args.algo == "dpo":
-        loss = dpo_loss(*log_ratio.chunk(2), args.beta)
+        log_ratio_a, log_ratio_b = log_ratio.chunk(2)
+        loss = dpo_loss(log_ratio_a, log_ratio_b, args.beta)
     elif args.algo == "ddpo":
         loss = ddpo_loss(log_ratio, advantage, CLIP_RANGE)
     else:
         kl = normal_kl(mu, mu_pretrained, sigma)
         loss = dpok_loss(log_ratio, advantage, CLIP_RANGE, kl, args.kl_weight)
-    return loss, log_prob.detach(), log_ratio.detach(), None if kl is None else kl.detach()
+        kl = kl.detach()
+    return loss, log_prob.detach(), log_ratio.detach(), kl
 
 
-def choose(r):
-    """r (N,) -> indices of references (the best quarter), bases (the worst half, best first), and each base's reference, an index of the former."""
-    order = r.argsort(descending=True, stable=True)
-    return order[:len(r) // 4], order[len(r) // 2:], torch.arange(len(r) // 4).repeat_interleave(2)
+def preference_stats(log_ratio, steps_of_couples, num_steps):
+    """What log_ratio (2, couples) says: accuracy and margin, and its size at each step i."""
+    margin = log_ratio[0] - log_ratio[1]
+    # A tie counts half, so that accuracy is 0.5 before anything is learned.
+    wins = (margin > 0) + 0.5 * (margin == 0)
+    root_mean_squares = []
+    for i in range(num_steps):
+        at_step = log_ratio[:, steps_of_couples == i]
+        value = None
+        if at_step.numel():
+            value = float(f"{at_step.square().mean().sqrt():.4g}")
+        root_mean_squares.append(value)
+    return dict(
+        accuracy=wins.mean().item(), margin=margin.mean().item(), log_ratio=root_mean_squares
+    )
 
 
-@torch.no_grad()
-def score(model, reward, latents, prompt, batch):
-    """x_0 (B, C, h, w) -> images (B, 3, H, W) and rewards (B,), on the CPU, `batch` at a time."""
-    images = [decode(model, x.to(model.device)) for x in latents.split(batch)]
-    return torch.cat(images).cpu(), torch.cat([reward(x, [prompt] * len(x)) for x in images]).cpu()
+def copy_params(params):
+    return [p.detach().clone() for p in params]
 
 
-def sample_round(args, model, scheduler, reward, rows, modules, steps, history, number):
-    """Samples, scores, pairs, fuses and verifies round `number` -> Pairs, stats. modules: names of (capturing, fused) attention modules, steps:
-    the fused range; history {prompt: {round: rewards}} gets this round's, and a round sampled again replaces its own."""
-    N, prompts, trajectories, advantage, pictures, stats = args.images_per_prompt, [], [], [], [], {}
-    for i in torch.randperm(len(rows), generator=generator(args.seed, "prompts", number))[:args.batch_size // N].tolist():
-        prompt, row = rows[i]["prompt"], rows[i]
-
-        def generators(images):
-            return [generator(args.seed, "trajectory", number, i, int(k)) for k in images]
-        spans = [] if args.naive else [token_span(model.pipe.tokenizer, prompt, item, args.item_token) for item in row["items"]]
-        with contextlib.nullcontext() if args.naive else installed(model, CrossAttentionMaps(N), modules[0]) as maps_of:
-            x, maps = sample_trajectories(model, scheduler, prompt, generators(range(N)), args.guidance_scale, maps_of, spans)
-        images, r = score(model, reward, x[:, -1], prompt, args.micro_batch)
-        history.setdefault(prompt, {})[number] = r.tolist()
-
-        reference, base, source = choose(r)
-        a, r_a, b, r_b = x[reference][source], r[reference][source], x[base], r[base]
-        shown = [images[base[0]], images[reference[0]]]
-        now = dict(reward=r, reward_b=r_b)
-        if not args.naive:
-            masks = merge_masks(maps[reference], row["thresholds"], args.mask_merge)
-            with installed(model, SelfAttentionFusion(), modules[1]) as fusion:
-                target = fuse(model, scheduler, fusion, prompt, x[reference], b, source, masks, generators(base), args.guidance_scale, steps)
-            images, r_t = score(model, reward, target[:, -1], prompt, args.micro_batch)
-            adopted = r_t >= args.adoption_threshold * (r_b if args.adopt_against == "base" else r_a)                                  # Eq. 7
-            a, r_a = torch.where(adopted.view(-1, 1, 1, 1, 1), target, a), torch.where(adopted, r_t, r_a)
-            shown += [shade(torch.ones_like(images[0]), masks[0, steps]), images[0]]
-            now |= dict(reward_target=r_t, adoption=adopted.float(), mask_area=masks[:, steps].float())
-        if args.trajectory == "inversion":
-            a, b = invert(model, scheduler, prompt, a[:, -1]), invert(model, scheduler, prompt, b[:, -1])
-        past = [value for rewards in history[prompt].values() for value in rewards if math.isfinite(value)]
-        trajectories.append(torch.stack([a, b]))
-        advantage.append(torch.stack([advantages(past, r_a), advantages(past, r_b)]))
-        prompts += [prompt] * len(base)
-        pictures += shown if len(prompts) <= 8 * len(base) else []
-        for k, v in dict(now, reward_a=r_a).items():
-            stats.setdefault(k, []).append(v.mean().item())
-    return Pairs(prompts, torch.cat(trajectories, 1), torch.cat(advantage, 1), pictures), {k: sum(v) / len(v) for k, v in stats.items()}
-
-
-def main(args):
-    device = pick_device(args.device)
-    model = load_model(args.model, device, args.resolution, full=args.lora_rank == 0)
-    args.resolution = model.resolution
-    reward, known = load_reward(args.reward, device)
-    rows, test_prompts = read_items(args.prompts, args.template)
-    test_prompts = read_prompts(args.test_prompts) if args.test_prompts else test_prompts or die("--test_prompts FILE is needed: --prompts has none")
-    test_prompts, N = test_prompts[:16], args.images_per_prompt
-    if len(rows) < args.batch_size // N:
-        die(f"--batch_size {args.batch_size}: {N} images each of {len(rows)} prompts are at most {N * len(rows)}")
-    for row in rows:
-        for item in row["items"]:
-            token_span(model.pipe.tokenizer, row["prompt"], item)
-    blocks = attention_blocks(model)
-    if args.mask_layer is None:
-        args.mask_layer = next(i for i, name in enumerate(blocks) if name.startswith("up") and modules_of(model, [name], "attn2"))
-    args.fusion_layers = args.fusion_layers or f"{sum(name.startswith('down') for name in blocks)}-{len(blocks) - 1}"
-    layers = span("fusion_layers", args.fusion_layers)
-    if layers[-1] >= len(blocks) or not 0 <= args.mask_layer < len(blocks) or not modules_of(model, [blocks[args.mask_layer]], "attn2"):
-        die(f"--fusion_layers {args.fusion_layers} --mask_layer {args.mask_layer}: the blocks with attention are "
-            + ", ".join(f"{i} {name}" for i, name in enumerate(blocks)))
-    modules = modules_of(model, [blocks[args.mask_layer]], "attn2"), modules_of(model, [blocks[i] for i in layers], "attn1")
-    encode_once(model, [row["prompt"] for row in rows] + test_prompts)
-
-    params = trainable(model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora)
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-8, weight_decay=1e-4, fused=True)
-    scheduler, T = make_scheduler(model, "ddim", args.num_inference_steps), args.num_inference_steps
-    fused, trained = (span(name, getattr(args, name)) for name in ("fusion_steps", "trained_steps"))
-    steps = range(T - fused[-1], T - fused[0] + 1)                        # T is the first step, 1 the last
-    zeros = torch.zeros(T, 1, 1, 1)                                       # without noise (set_alpha_to_one: the last step) nothing to train
-    random_steps = ddim_step(scheduler, zeros, scheduler.timesteps, zeros)[1].flatten().nonzero().flatten().tolist()
-    random_steps = [i for i in random_steps if T - i in trained] or die(f"--trained_steps {args.trained_steps}: no noise is added there, nothing to train on")
-    sampler = dict(scheduler="ddim", eta=1., num_inference_steps=T, guidance_scale=args.guidance_scale)
-    run = Run(args, sampler, model)
-    print_settings(args, row_of(PAPER, args.model), params)
-    (run.dir / "test_prompts.txt").write_text("\n".join(test_prompts) + "\n")
-    if args.resume:
-        state = run.resume(params, optimizer)
-        history = state["history"]
-        for row, thresholds in zip(rows, state["thresholds"]):
-            row["thresholds"] = thresholds
-    else:
-        history = {}
-        if not args.naive and any("thresholds" not in row for row in rows):
-            find_thresholds(args, model, scheduler, rows, modules[0], steps, run.dir / "samples")
-            (run.dir / "prompts.json").write_text(json.dumps({"prompts": dict(train=rows, test=test_prompts)}, indent=1, ensure_ascii=False))
-            print(f"thresholds: {run.dir / 'prompts.json'}; if samples/thresholds.png does not show the items, edit it and start with --prompts it")
-        print(f"held-out {args.reward} before: {held_out(run, reward, test_prompts, sampler, 0):.4f} (known range {known.low:g} to {known.high:g})")
-        print("the loss stays near ln 2 = .693 (dpo) or 0 (ddpo, dpok) however well it learns: read reward, and accuracy and margin in log.jsonl")
-
-    passes = []                                                           # images through the U-Net: guidance makes it two an image
-    model.denoiser.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
-    for step in (bar := tqdm(range(run.start + 1, args.train_steps + 1), initial=run.start, total=args.train_steps, desc="dfusion_dpo")):
-        start = time.time()
-        number, epoch = divmod(step - 1, args.inner_epochs)
-        if epoch == 0:
-            theta_old, log_prob_old = [p.detach().clone() for p in params], None                                      # th'
-            pairs, round_stats = sample_round(args, model, scheduler, reward, rows, modules, steps, history, number)
-        elif step == run.start + 1:                                       # resumed inside a round: its samples come again, from th'
-            theta, theta_old, log_prob_old = [p.detach().clone() for p in params], state["theta_old"], state["log_prob_old"]
-            assign(params, theta_old)
-            pairs, round_stats = sample_round(args, model, scheduler, reward, rows, modules, steps, history, number)
-            assign(params, theta)
-            passes.clear()
-        if epoch == 0 and pairs.pictures:
-            save_grid(torch.stack(pairs.pictures), run.dir / "samples" / f"round_{number:04d}.png", columns=2 if args.naive else 4)
-
-        picked = [torch.randperm(len(random_steps), generator=generator(args.seed, "timesteps", number, p))[:args.train_timesteps].sort()[0]
-                  for p in range(len(pairs.prompts))]
-        couples = torch.tensor([(p, random_steps[k]) for p, ks in enumerate(picked) for k in ks])                    # (pair, index of timestep)
-        m, total, log_probs, log_ratios, kls = args.micro_batch // 2, 0., [], [], []
-        for j in range(0, len(couples), m):                               # their order is free: one optimizer step takes them all
-            p, i = couples[j:j + m].T
-            old = None if log_prob_old is None else log_prob_old[:, j:j + m].flatten().to(device)
-            loss, log_prob, log_ratio, kl = pair_loss(args, model, scheduler, pairs, p, i, old)
-            loss = loss * len(p) / len(couples)
-            loss.backward()
-            total += loss.detach()
-            log_probs.append(log_prob.view(2, -1))
-            log_ratios.append(log_ratio.view(2, -1))
-            kls.append(kl)
-        log_prob_old = torch.cat(log_probs, 1).cpu() if log_prob_old is None else log_prob_old
-
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()     # Table 3
-        if not (skipped := run.skips(step, grad_norm, total, round_stats["reward"])):         # NaN or Inf never reaches the weights
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log_ratio = torch.cat(log_ratios, 1).cpu()                        # (2, couples)
-        margin = log_ratio[0] - log_ratio[1]
-        at = [log_ratio[:, couples[:, 1] == i] for i in range(T)]
-        stats = dict(round=number, epoch=epoch, loss=total.item(), **round_stats, accuracy=((margin > 0) + .5 * (margin == 0)).mean().item(),
-                     margin=margin.mean().item(), log_ratio=[float(f"{x.square().mean().sqrt():.4g}") if x.numel() else None for x in at],
-                     grad_norm=grad_norm, images=(number + 1) * args.batch_size, passes=sum(passes), skipped=skipped,
-                     seconds=time.time() - start)
-        if args.algo == "dpok":
-            stats["kl"] = torch.cat(kls).mean().item()
-        if step % args.save_every == 0 or step == args.train_steps:
-            stats["test_reward"] = held_out(run, reward, test_prompts, sampler, step)
-        passes.clear()
-        run.log(step=step, **stats)
-        bar.set_postfix(reward=f"{stats['reward']:.4f}", accuracy=f"{stats['accuracy']:.3f}")
-        if "test_reward" in stats:
-            run.save(step, params, optimizer, history=history, thresholds=[row.get("thresholds") for row in rows], log_prob_old=log_prob_old,
-                     theta_old=[p.cpu() for p in theta_old])
-
-    after = stats["test_reward"] if run.start < args.train_steps else held_out(run, reward, test_prompts, sampler, args.train_steps)
-    print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
-
-
-def assign(params, values):
-    """Puts values into the parameters, in place."""
+def set_params(params, values):
     for p, value in zip(params, values, strict=True):
         p.data.copy_(value)
 
 
+def main(args):
+    num_steps = args.num_inference_steps
+    # From here on there is one clock: the index i of a sampling step, 0 the first.
+    fused_steps = step_indices("--fusion_steps", args.fusion_steps, num_steps)
+    trained_steps = step_indices("--trained_steps", args.trained_steps, num_steps)
+
+    rows, test_prompts = read_items(args.prompts, args.template)
+    test_prompts = read_test_prompts(args, test_prompts)
+    device = pick_device(args.device)
+    model = load_model(args.model, device, args.resolution, full=args.lora_rank == 0)
+    args.resolution = model.resolution
+    check_rows(args, model, rows)
+    plan = FusionPlan(*attention_modules(args, model), fused_steps)
+    reward, reward_range = load_reward(args.reward, device)
+    encode_once(model, [row["prompt"] for row in rows] + test_prompts)
+
+    params = make_trainable(
+        model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora
+    )
+    # eps is Table 3's 1e-8, not the 1e-15 of refl.py. A weight whose gradient is that small hardly
+    # moves, so the scale of the loss (beta, for example) matters.
+    optimizer = torch.optim.AdamW(
+        params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, fused=True
+    )
+
+    sampler = dict(scheduler="ddim", eta=ETA)
+    sampler.update(num_inference_steps=num_steps, guidance_scale=args.guidance_scale)
+    scheduler = make_scheduler(model, sampler["scheduler"], num_steps)
+    trained_steps = steps_with_noise(scheduler, trained_steps)
+    if not trained_steps:
+        sys.exit(f"--trained_steps {args.trained_steps}: nothing to train, they add no noise")
+
+    run = Run(args, model.source, sampler)
+    print_settings(args, PAPER, params)
+    (run.dir / "test_prompts.txt").write_text("\n".join(test_prompts) + "\n")
+    history = {}
+    state = run.resume(params, optimizer)
+    if state is not None:
+        history = state["history"]
+        for row, thresholds in zip(rows, state["thresholds"]):
+            row["thresholds"] = thresholds
+    else:
+        if not args.naive and any("thresholds" not in row for row in rows):
+            picture = run.dir / "samples" / "thresholds.png"
+            find_thresholds(args, model, scheduler, rows, plan, picture)
+            write_items(run.dir / "prompts.json", rows, test_prompts)
+            print(f"thresholds: {run.dir / 'prompts.json'}, and what they mark: {picture}")
+            print("  If it does not show the items, edit the file and start with --prompts FILE")
+        before = held_out(run, model, reward, test_prompts, step=0)
+        print(f"held-out {args.reward} before: {before:.4f}")
+        print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
+        print("The loss stays near ln 2 = 0.693 (dpo) or 0 (ddpo, dpok) however well it learns:")
+        print("  read reward, and accuracy and margin in log.jsonl")
+
+    # How many images went through the denoiser; with guidance each counts twice.
+    passes = []
+
+    def count_images(module, inputs):
+        passes.append(len(inputs[0]))
+
+    model.denoiser.register_forward_pre_hook(count_images)
+
+    steps = range(run.start + 1, args.train_steps + 1)
+    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc="dfusion_dpo")
+    for step in progress:
+        started = time.time()
+        passes.clear()
+        number, epoch = divmod(step - 1, args.inner_epochs)
+
+        # A new round: the weights of now become theta_old, and they sample the pairs.
+        if epoch == 0:
+            theta_old = copy_params(params)
+            log_prob_old = None
+            pairs = sample_round(args, model, scheduler, reward, rows, plan, history, number)
+            picture = run.dir / "samples" / f"round_{number:04d}.png"
+            save_grid(torch.stack(pairs.pictures), picture, columns=2 if args.naive else 4)
+
+        # Resumed inside a round: the same pairs again, from theta_old and the same noise.
+        elif step == run.start + 1:
+            theta = copy_params(params)
+            theta_old = state["theta_old"]
+            log_prob_old = state["log_prob_old"]
+            set_params(params, theta_old)
+            pairs = sample_round(args, model, scheduler, reward, rows, plan, history, number)
+            set_params(params, theta)
+            passes.clear()
+
+        # The loss of all pairs at their steps, a micro-batch at a time: half of it a, half b.
+        # Each micro-batch's mean counts by its share of the couples.
+        couples = draw_couples(args, number, len(pairs.prompts), trained_steps)
+        total_loss = 0.0
+        log_probs = []
+        log_ratios = []
+        kls = []
+        couples_per_batch = args.micro_batch // 2
+        for k in range(0, len(couples), couples_per_batch):
+            part = slice(k, k + couples_per_batch)
+            p, i = couples[part].T
+            old = None
+            if log_prob_old is not None:
+                old = log_prob_old[:, part].flatten().to(device)
+            loss, log_prob, log_ratio, kl = pair_loss(args, model, scheduler, pairs, p, i, old)
+            loss = loss * len(p) / len(couples)
+            loss.backward()
+            total_loss += loss.detach()
+            log_probs.append(log_prob.view(2, -1))
+            log_ratios.append(log_ratio.view(2, -1))
+            kls.append(kl)
+
+        # In the first epoch theta was theta_old, so these log-probabilities are theta_old's.
+        if log_prob_old is None:
+            log_prob_old = torch.cat(log_probs, 1).cpu()
+
+        # Update the weights, with the gradient's norm clipped to 1 (Table 3). A gradient with NaN
+        # or Inf never reaches them, nor does one that comes from such a reward.
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        is_finite = math.isfinite(grad_norm) and math.isfinite(pairs.stats["reward"])
+        if is_finite:
+            optimizer.step()
+        else:
+            run.skip(step)
+        optimizer.zero_grad(set_to_none=True)
+
+        # Log the update, with samples of held-out prompts at every snapshot.
+        log_ratio = torch.cat(log_ratios, 1).cpu()
+        stats = dict(
+            round=number,
+            epoch=epoch,
+            loss=total_loss.item(),
+            **pairs.stats,
+            **preference_stats(log_ratio, couples[:, 1], num_steps),
+            kl=torch.cat(kls).mean().item() if args.algo == "dpok" else None,
+            grad_norm=grad_norm,
+            images=(number + 1) * args.batch_size,
+            passes=sum(passes),
+            skipped=None if is_finite else True,
+            seconds=time.time() - started,
+        )
+        is_snapshot = step % args.save_every == 0 or step == args.train_steps
+        if is_snapshot:
+            stats["test_reward"] = held_out(run, model, reward, test_prompts, step)
+        run.log(step, **stats)
+        progress.set_postfix(
+            reward=f"{stats['reward']:.4f}", accuracy=f"{stats['accuracy']:.3f}"
+        )
+
+        # Save the weights for the user, and a checkpoint to resume from, also inside a round.
+        if is_snapshot:
+            run.save(
+                step, model, params, optimizer,
+                history=history,
+                thresholds=[row.get("thresholds") for row in rows],
+                log_prob_old=log_prob_old,
+                theta_old=[p.cpu() for p in theta_old],
+            )
+
+    after = run.read_log()[-1]["test_reward"]
+    print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
+
+
 if __name__ == "__main__":
-    launch(parse_args, main)
+    args = parse_args()
+    with readable_errors(args):
+        main(args)

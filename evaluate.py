@@ -1,666 +1,998 @@
-"""Measures folders of images, whoever made them: metadata.jsonl with {"file_name", "text"} a line, and "prompt_id", "seed" if there are any.
+"""Measures folders of images: quality, diversity, artifacts, and drift from the base model.
 
-Quality, the mean over prompts of the mean over a prompt's images. A colon gives the weights in the published layout: hps:FILE, mps:DIR.
-  hps pick clip clip_h         HPSv2.1, PickScore, CLIPScore of ViT-B/32 and of ViT-H-14 (cosines, which tables hold times 100, but PickScore)
-  imagereward[_raw]            ImageReward; _raw without its normalisation (ImageReFL's tables hold it)
-  mps                          MPS, "overall", text tokens chosen per sample (the authors' code chooses them per batch)
-  toy_pref toy_clip            the rewards of the toy world; toy_pref_b: a second judge of the same taste, never a training reward
-  toy_correct                  share of images that toy/oracle.py reads as the caption says; no learned part; where it abstains: not correct, and told
-Diversity:
-  dino_div                     mean over prompts of the mean over pairs of a prompt's images of 1 - cos of their DINO features (CLS token).
-                               --dino toy, or a ViT such as facebook/dino-vits16 (the paper's), normalised as its preprocessor says (ImageNet;
-                               ImageReFL's release feeds it CLIP's). Compare figures of one extractor only.
-Against --reference, on all images, so without an interval (a resampled covariance has a smaller rank: FID would be biased):
-  fid                          Frechet distance of Inception features, with the weights of pytorch-fid; wants more than 2,048 images on either side
-  frechet_toy                  the same distance of toy/dino features: no FID
-  cov_dist log_cov_dist        our own definition after arXiv 2409.06493: l and m the sorted eigenvalues of the covariances of the DINO features, of
-                               length 1, here and in the reference: mean |l_i - m_i|, and mean |log l_i - log m_i|, those below 1e-8 set to it
-Artifacts: artifact_mean, artifact_max: confidence of a --detector in [0, 1], mean and maximum over an image's pixels.
-drift: the first folder against each other one, image by image of the same prompt and seed, outside --masks: PSNR (dB, at most 100, which identical
-  images have) and 1 - cos of DINO features.
+A folder holds images and a metadata.jsonl with one line per image:
 
-Intervals: 95 %, bootstrap over prompts. If a folder has the prompts and seeds of the first one, its differences to it are paired by prompt.
-Features are kept in DIR/.evaluate, and made again when images, prompts, weights or these scripts change.
+  {"file_name": "00000_00.png", "text": "a red star", "prompt_id": 0, "seed": 0}
 
-  $ python evaluate.py images/base images/tuned --metrics toy_pref,toy_clip,toy_correct,dino_div --out results.json --plot trade_off.png
-  $ python evaluate.py --over_steps runs/refl-toy-toy_pref --metrics toy_pref,toy_pref_b,dino_div --plot over_steps.png
+"prompt_id" and "seed" may be missing. combined_sample.py writes such folders, but whoever made the
+images does not matter. A colon gives the weights of a metric, for example hps:FILE or mps:FOLDER.
+
+Quality: the mean over prompts of the mean over the images of a prompt
+  hps pick clip clip_h    HPSv2.1, PickScore, and CLIPScore of ViT-B/32 and ViT-H/14. Papers print
+                          the cosines (all but PickScore) times 100; we do not
+  imagereward             ImageReward; imagereward_raw is the same without its normalization
+  mps                     MPS, condition "overall". We choose its text tokens per image, while the
+                          authors' code chooses them per batch
+  toy_pref toy_clip       the rewards of the toy world
+  toy_pref_b              a second judge of the same taste, which no training run ever sees
+  toy_correct             the share of images that show what the caption says. toy/oracle.py reads
+                          them without any learned part. Where it abstains, the image counts as
+                          not correct, and the table says how often that was
+
+Diversity
+  dino_div                1 - cosine of the DINO features of two images, averaged over the pairs of
+                          images of a prompt, then over prompts. Figures of two --dino networks
+                          cannot be compared. ImageReFL's code feeds DINO the pixels as CLIP wants
+                          them; we normalize as the network's own preprocessor says
+
+Distance to the images of --reference, over all images and therefore without an interval
+  fid                     Frechet distance of Inception features, with pytorch-fid's weights. It
+                          wants more than 2,048 images on both sides
+  frechet_toy             the same distance of toy/dino features, so it is no FID
+  cov_dist log_cov_dist   our own definition, after arXiv 2409.06493. Let l and m be the sorted
+                          eigenvalues of the covariances of the two sets of DINO features:
+                          mean |l_i - m_i|, and mean |log l_i - log m_i|
+
+Artifacts
+  artifact_mean           the confidence of --detector that something is wrong, in [0, 1]: its
+  artifact_max            mean or its maximum over the pixels of an image
+
+Drift: the first folder against each other one, image by image of the same prompt and seed
+  drift                   PSNR in dB (100 for identical images) and 1 - cosine of DINO features
+
+Intervals are 95 % bootstrap intervals over prompts. Where a folder has the same prompts and seeds
+as the first one, we also print its differences to the first, paired by prompt. Features are kept
+in FOLDER/.evaluate, and computed again when images, prompts, weights or this code change.
+
+  $ python evaluate.py images/base images/tuned --metrics toy_pref,toy_correct,dino_div
+  $ python evaluate.py --over_steps runs/refl-toy-toy_pref --metrics toy_pref,dino_div --plot a.png
 """
+
+import argparse
 import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, ViTModel
+from transformers import ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import (CLIP_MEAN, CLIP_STD, ROOT, TOY, Parser, PickScore, die, encode_prompts, fetch, generate_batches, generator, launch, load_detector,
-                    load_lora, load_model, load_reward, merged, nearest, pick_device, published, read_prompts, resize_and_normalise, to_pil,
-                    trainable)
+from common import ROOT, TOY, encode_once, generator, load_lora, load_model, pick_device, read_json
+from data.images import read_row, to_tensor
+from data.prompts import read_prompts
+from rewards import MPS, UNREADABLE, PickScore, build_reward, explain, find_file, load_complete
+from rewards import load_detector, preprocess
+from run_folder import SettingsHelp, generate_batches, readable_errors, to_pil, write_atomically
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
 
-QUALITY = ("hps", "pick", "imagereward", "imagereward_raw", "mps", "clip", "clip_h", "toy_pref", "toy_pref_b", "toy_clip", "toy_correct")
-ARTIFACTS, AGAINST = ("artifact_mean", "artifact_max"), ("fid", "frechet_toy", "cov_dist", "log_cov_dist")
-METRICS = (*QUALITY, "dino_div", *ARTIFACTS, *AGAINST, "drift")
-NETWORK = {name: "dino" for name in METRICS} | {name: name for name in QUALITY} | {name: "detector" for name in ARTIFACTS} | {"fid": "inception"}
-VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"                           # MPS is built on it: its tokenizer
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+# transformers would report the weights of a file that we do not use. load_complete checks them.
+transformers_logging.set_verbosity_error()
+
+QUALITY = (
+    "hps", "pick", "imagereward", "imagereward_raw", "mps", "clip", "clip_h",
+    "toy_pref", "toy_pref_b", "toy_clip", "toy_correct",
+)
+ARTIFACTS = ("artifact_mean", "artifact_max")  # the two columns of the detector's values
+DISTANCES = ("fid", "frechet_toy", "cov_dist", "log_cov_dist")
+
+# Every metric, and the network whose output it is computed from. A judge of quality gives one
+# score per image, so the metric is the network itself.
+NETWORK = {
+    **{name: name for name in QUALITY},
+    "dino_div": "dino",
+    "artifact_mean": "detector",
+    "artifact_max": "detector",
+    "fid": "inception",
+    "frechet_toy": "dino",
+    "cov_dist": "dino",
+    "log_cov_dist": "dino",
+    "drift": "dino",
+}
+# Networks of the toy world, and their folders under toy/.
+TOY_FOLDER = {
+    "toy_pref": "pref",
+    "toy_pref_b": "pref_b",
+    "toy_clip": "clip",
+    "dino": "dino",
+    "detector": "detector",
+}
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("folders", nargs="*", metavar="DIR", help="folders with images and metadata.jsonl; differences are to the first one")
-    parser.add_argument("--metrics", required=True, help="comma-separated, of the above; name:PATH takes the weights from there")
-    parser.add_argument("--reference", help=f"folder of images for {', '.join(AGAINST)}")
-    parser.add_argument("--dino", help=f"toy, or a folder or hub id of a ViT (toy if all images are {TOY_SIZE} px, else facebook/dino-vits16)")
-    parser.add_argument("--detector", help=f"folder or hub id of a segmentation network with one class (toy/detector if all images are {TOY_SIZE} px)")
-    parser.add_argument("--masks", help="drift: folder of masks named as the first folder's images; white may change, and is left out")
-    parser.add_argument("--over_steps", metavar="RUN", help="sample base and snapshots of a run into RUN/over_steps, as its sampler block says; measure them")
-    parser.add_argument("--prompts", help="--over_steps: text file, a prompt per line (the run's --test_prompts)")
-    parser.add_argument("--num_images", type=int, default=4, help="--over_steps: images per prompt")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at once; no result depends on it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--out", help="write everything to this JSON file, with each prompt's value")
-    parser.add_argument("--plot", help="PNG: every quality against the first diversity named; with --over_steps every metric over the steps")
+    parser = argparse.ArgumentParser("evaluate.py", None, __doc__, formatter_class=SettingsHelp)
+    add = parser.add_argument
+    add("folders", nargs="*", metavar="FOLDER", help="folders of images; the first is the baseline")
+    add("--metrics", required=True, help="metrics from the list above, separated by commas")
+    add("--reference", help=f"folder of images to compare with, for {', '.join(DISTANCES)}")
+    add("--dino", help="toy, or a ViT; by default facebook/dino-vits16, or toy for toy images")
+    add("--detector", help="artifact detector; by default toy/detector for toy images")
+    add("--over_steps", metavar="RUN", help="sample and measure every snapshot of this run")
+    add("--prompts", help="prompts for --over_steps; by default the run's --test_prompts")
+    add("--num_images", type=int, default=4, help="images per prompt for --over_steps")
+    add("--batch_size", type=int, default=32, help="images at a time")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--out", help="write all results, with a value per prompt, to this JSON file")
+    add("--plot", help="PNG: quality against diversity; with --over_steps, metrics over steps")
     args = parser.parse_args(argv)
-    args.metrics = dict(m.strip().partition(":")[::2] for m in args.metrics.split(","))
-    for name, path in args.metrics.items():
-        if name not in METRICS:
-            parser.error(f"--metrics {name}: no such metric; {nearest(name, METRICS)}")
-        if path and (NETWORK[name] in ("dino", "detector") or name == "toy_correct"):
-            parser.error(f"--metrics {name}:{path}: {name} takes no path; see --dino and --detector")
-        if path and not os.path.exists(path):
-            parser.error(f"--metrics {name}:{path}: {path} does not exist")
+
+    args.metrics = split_metrics(args.metrics)
+    distances = [name for name in args.metrics if name in DISTANCES]
     if bool(args.folders) == bool(args.over_steps):
-        parser.error("folders of images are needed, or --over_steps RUN in their place")
-    if len(set(map(os.path.realpath, args.folders))) < len(args.folders):
-        parser.error("a folder is named twice")
-    if needs := [name for name in args.metrics if name in AGAINST and not args.reference]:
-        parser.error(f"--metrics {needs[0]} is measured against --reference DIR, a folder of images")
-    if "drift" in args.metrics and not args.over_steps and len(args.folders) < 2:
-        parser.error("--metrics drift needs two folders of the same prompts and seeds")
-    if args.masks and "drift" not in args.metrics:
-        parser.error("--masks are for --metrics drift")
-    if min(args.batch_size, args.num_images) < 1:
-        parser.error(f"--batch_size {args.batch_size} --num_images {args.num_images}: at least 1")
-    if args.plot and not args.over_steps and not ({*QUALITY, *ARTIFACTS} & {*args.metrics} and {"dino_div", *AGAINST} & {*args.metrics}):
-        parser.error(f"--plot draws quality against diversity: one of {', '.join(QUALITY)} and one of dino_div, {', '.join(AGAINST)} are needed")
-    for name in ("out", "plot"):
-        if (path := getattr(args, name)) and (os.path.isdir(path) or not Path(path).absolute().parent.is_dir()):
-            parser.error(f"--{name} {path}: the name of a file in a folder that exists is needed")
+        sys.exit("name folders of images, or --over_steps RUN instead of them")
+    if len({os.path.realpath(folder) for folder in args.folders}) < len(args.folders):
+        sys.exit("a folder is named twice")
+    if distances and not args.reference:
+        sys.exit(f"--metrics {distances[0]} needs --reference, a folder of images to compare with")
+    if "drift" in args.metrics and len(args.folders) == 1:
+        sys.exit("--metrics drift needs two folders with the same prompts and seeds")
+    has_y = any(name in QUALITY or name in ARTIFACTS for name in args.metrics)
+    has_x = any(name == "dino_div" or name in DISTANCES for name in args.metrics)
+    if args.plot and not args.over_steps and not (has_x and has_y):
+        sys.exit("--plot needs a metric of quality or artifacts, and one of diversity or distance")
+    for path in (args.out, args.plot):
+        if path and not Path(path).absolute().parent.is_dir():
+            sys.exit(f"{path}: there is no folder {Path(path).parent} to write this file to")
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# folders of images
+def split_metrics(text):
+    """ "toy_pref,hps:FILE" -> {"toy_pref": "", "hps": "FILE"}."""
+    metrics = {}
+    for item in text.split(","):
+        name, _, path = item.strip().partition(":")
+        if name not in NETWORK:
+            sys.exit(f"--metrics {name}: no such metric. There are {', '.join(NETWORK)}")
+        if path and NETWORK[name] in ("dino", "detector", "toy_correct"):
+            sys.exit(f"--metrics {name}:{path}: {name} takes no path; see --dino and --detector")
+        if path and not os.path.exists(path):
+            sys.exit(f"--metrics {name}:{path}: {path} does not exist")
+        metrics[name] = path
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def prompt_means(values, prompt_ids):
+    """Values (N,) and the prompt ids of the N images -> {prompt id: mean over its images}."""
+    groups = {}
+    for value, prompt_id in zip(values.double().tolist(), prompt_ids, strict=True):
+        groups.setdefault(prompt_id, []).append(value)
+    return {prompt_id: sum(group) / len(group) for prompt_id, group in groups.items()}
+
+
+def dino_diversity(features, prompt_ids):
+    """Features (N, D) of N images -> {prompt id: mean of 1 - cos over the pairs of its images}.
+
+    A prompt with one image has no pair, and is left out.
+    """
+    features = F.normalize(features.double(), dim=-1)
+    groups = {}
+    for i, prompt_id in enumerate(prompt_ids):
+        groups.setdefault(prompt_id, []).append(i)
+    diversity = {}
+    for prompt_id, group in groups.items():
+        if len(group) > 1:
+            cosines = features[group] @ features[group].T
+            i, j = torch.triu_indices(len(group), len(group), offset=1)
+            diversity[prompt_id] = 1 - cosines[i, j].mean().item()
+    return diversity
+
+
+def frechet(a, b):
+    """Frechet distance of features a (N, D) and b (M, D), in float64 (Heusel et al. 2017, Eq. 6).
+
+    |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2), where S are the covariances. The root
+    has the same trace as that of the symmetric matrix S_a^1/2 S_b S_a^1/2.
+    """
+    a = a.double()
+    b = b.double()
+    cov_a = a.T.cov()
+    cov_b = b.T.cov()
+    # Rounding makes some eigenvalues slightly negative: those are zero.
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    eigenvalues = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)
+    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
+    mean_distance = (a.mean(0) - b.mean(0)).square().sum()
+    distance = mean_distance + cov_a.trace() + cov_b.trace() - 2 * trace_of_root
+    return max(0.0, distance.item())
+
+
+def covariance_distances(a, b, floor=1e-8):
+    """Features a (N, D) and b (M, D) -> (cov_dist, log_cov_dist) of our docstring.
+
+    The features are normalized first. Eigenvalues below `floor` are rounding errors.
+    """
+    l = torch.linalg.eigvalsh(F.normalize(a.double(), dim=-1).T.cov())
+    m = torch.linalg.eigvalsh(F.normalize(b.double(), dim=-1).T.cov())
+    cov_dist = (l - m).abs().mean()
+    log_cov_dist = (l.clamp(min=floor).log() - m.clamp(min=floor).log()).abs().mean()
+    return cov_dist.item(), log_cov_dist.item()
+
+
+def interval(values, resamples=2000):
+    """One value per prompt -> (mean, low, high), the 95 % bootstrap interval over prompts.
+
+    The draws depend on the number of prompts alone, so the same values give the same interval.
+    """
+    values = torch.tensor(values, dtype=torch.float64)
+    size = (resamples, len(values))
+    picks = torch.randint(len(values), size, generator=generator(0, "bootstrap"))
+    means = values[picks].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return values.mean().item(), low, high
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders of images
 
 
 def read_folder(folder):
-    """metadata.jsonl -> rows dict(file_name, text, prompt_id, seed), sorted, so that their order in the file never matters.
+    """metadata.jsonl -> rows dict(file_name, text, prompt_id, seed), sorted.
 
-    Without prompt_id images of the same text are one prompt; without seed there is no pairing (None).
+    Without "prompt_id", the images of one text are those of one prompt. seed may be None.
     """
-    path, rows = Path(folder) / "metadata.jsonl", []
+    path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
-        die(f"{folder}: no metadata.jsonl in it; combined_sample.py writes folders as they are expected here")
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row["text"], str) or "\0" in row["text"] + row["file_name"]:
-                    raise ValueError
-                rows.append(dict(file_name=row["file_name"], text=row["text"], prompt_id=str(row.get("prompt_id", row["text"])), seed=row.get("seed")))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                die(f'{path}, line {number}: expected {{"file_name": ..., "text": ...}}, and "prompt_id", "seed" if there are any')
-    texts = {}
+        sys.exit(f"{folder}: no metadata.jsonl in it; combined_sample.py writes such folders")
+    rows = []
+    # Not splitlines(), because a caption may contain U+2028.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            read_row(line, Path(folder))
+        except ValueError as error:
+            sys.exit(f"{path} line {number}: {error}")
+        values = json.loads(line)
+        text = values["text"]
+        prompt_id = str(values.get("prompt_id", text))
+        seed = values.get("seed")
+        row = dict(file_name=values["file_name"], text=text, prompt_id=prompt_id, seed=seed)
+        rows.append(row)
+    check_rows(path, rows)
+    # The order of the lines in the file must not matter.
+    rows.sort(key=lambda row: (row["prompt_id"], str(row["seed"]), row["file_name"]))
+    return rows
+
+
+def check_rows(path, rows):
+    """Exits if there are no rows, a file is named twice, or a prompt has two texts."""
+    if not rows:
+        sys.exit(f"{path}: no image in it")
+    if len({row["file_name"] for row in rows}) < len(rows):
+        sys.exit(f"{path}: a file is named twice")
+    text_of = {}
     for row in rows:
-        if Path(row["file_name"]).is_absolute() or ".." in Path(row["file_name"]).parts:
-            die(f"{path}: {row['file_name']} is outside the folder")
-        if not (Path(folder) / row["file_name"]).is_file():
-            die(f"{folder}: {row['file_name']}, named in its metadata.jsonl, does not exist")
-        if texts.setdefault(row["prompt_id"], row["text"]) != row["text"]:
-            die(f"{path}: prompt_id {row['prompt_id']} has two texts, {texts[row['prompt_id']]!r} and {row['text']!r}")
-    if not rows or len({row["file_name"] for row in rows}) < len(rows):
-        die(f"{path}: " + ("a file is named twice" if rows else "no images in it"))
-    return sorted(rows, key=lambda row: (row["prompt_id"], str(row["seed"]), row["file_name"]))
+        text = text_of.setdefault(row["prompt_id"], row["text"])
+        if text != row["text"]:
+            texts = f"{text!r} and {row['text']!r}"
+            sys.exit(f"{path}: prompt_id {row['prompt_id']} has two texts, {texts}")
 
 
 def read_image(path):
-    """(3, H, W) in [0, 1]; OSError if it cannot be read."""
+    """An image file -> (3, H, W) in [0, 1]. OSError if it cannot be read."""
     try:
-        with Image.open(path) as f:
-            return torch.from_numpy(np.array(f.convert("RGB"))).permute(2, 0, 1).float() / 255
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise OSError(f"{path}: not a readable image ({type(e).__name__})") from e
+        with Image.open(path) as image:
+            # convert("RGB") would clip 16-bit gray to white.
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits per channel; save it with 8")
+            return to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path}: not a readable image ({error})") from error
 
 
-def batches(folder, rows, batch=32):
-    """Yields images (B, 3, H, W) in [0, 1] and their rows; a batch ends early where the images' size changes."""
-    images, part = [], []
+def read_batches(folder, rows, batch_size):
+    """Yields images (B, 3, H, W) in [0, 1] and their rows.
+
+    A batch also ends where the size of the images changes.
+    """
+    images = []
+    rows_in_batch = []
     for row in rows:
         image = read_image(Path(folder) / row["file_name"])
-        if images and (len(images) == batch or image.shape != images[0].shape):
-            yield torch.stack(images), part
-            images, part = [], []
-        images, part = images + [image], part + [row]
-    yield torch.stack(images), part
+        is_full = len(images) == batch_size
+        if images and (is_full or image.shape != images[0].shape):
+            yield torch.stack(images), rows_in_batch
+            images = []
+            rows_in_batch = []
+        images.append(image)
+        rows_in_batch.append(row)
+    yield torch.stack(images), rows_in_batch
 
 
-def unpaired(first, rows):
-    """Why the images of two folders cannot be paired; None if they can: the same prompts, and the same seeds of each."""
-    tables = []
-    for each in (first, rows):
-        if any(row["seed"] is None for row in each):
-            return "a folder's metadata.jsonl has no seeds"
-        tables.append({})
-        for row in each:
-            tables[-1].setdefault((row["prompt_id"], row["text"]), []).append(str(row["seed"]))
-    same = sum(sorted(seeds) == sorted(tables[1].get(key, [])) for key, seeds in tables[0].items())
-    return None if same == len(tables[0]) == len(tables[1]) else f"{same} of {len(tables[0])} and {len(tables[1])} prompts have the same text and seeds"
+def prompt_ids_of(rows):
+    return [row["prompt_id"] for row in rows]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# networks: callables (images (B, 3, H, W) in [0, 1], B prompts) -> scores (B,) or features (B, D)
+def seeds_per_prompt(rows):
+    """Rows -> {(prompt id, text): its sorted seeds}. ValueError if there are no seeds."""
+    seeds = {}
+    for row in rows:
+        if row["seed"] is None:
+            raise ValueError("a folder's metadata.jsonl has no seeds")
+        seeds.setdefault((row["prompt_id"], row["text"]), []).append(str(row["seed"]))
+    return {prompt: sorted(group) for prompt, group in seeds.items()}
 
 
-def load_complete(cls, source, **kwargs):
-    """from_pretrained in fp32, frozen, in eval mode; missing weights are an error, where transformers would go on with random ones."""
-    repo, _, revision = (source, "", "") if source is None or os.path.isdir(source) else source.partition("@")
-    transformers_logging.set_verbosity_error()                            # its report of keys: we say what matters ourselves
-    net, info = cls.from_pretrained(repo, revision=revision or "main", dtype=torch.float32, use_safetensors=True, output_loading_info=True, **kwargs)
-    if lost := sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}):
-        raise ValueError(f"not all weights of a {cls.__name__}: {lost[0]} is missing or has another shape")
-    return net.eval().requires_grad_(False)
+def check_pairs(first, other):
+    """ValueError unless the rows of two folders have the same prompts with the same seeds."""
+    a = seeds_per_prompt(first)
+    b = seeds_per_prompt(other)
+    if a != b:
+        num_same = sum(a[prompt] == b.get(prompt) for prompt in a)
+        counts = f"{num_same} of {len(a)} and {len(b)}"
+        raise ValueError(f"{counts} prompts have the same text and seeds")
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks: images (B, 3, H, W) in [0, 1] and B prompts -> scores (B,) or features (B, D)
 
 
 class Dino:
-    """L2-normalised CLS token (B, D) of a ViT (Caron et al. 2021), preprocessed as its folder says."""
+    """The L2-normalized CLS token (B, D) of a ViT (Caron et al. 2021).
+
+    Images are prepared as the network's own preprocessor_config.json says.
+    """
 
     def __init__(self, source, device):
-        processor = json.loads(fetch(source, "preprocessor_config.json").read_text())
-        size = processor["size"]                                          # {"height", "width"}, {"shortest_edge"} or, in old files, a number
-        self.size = size.get("shortest_edge") or size["height"] if isinstance(size, dict) else size
-        self.mean, self.std = processor["image_mean"], processor["image_std"]
-        self.vit = load_complete(ViTModel, source, add_pooling_layer=False).to(device)
+        processor, _ = read_json(source, "preprocessor_config.json")
+        size = processor["size"]
+        # Old files hold a number, new ones {"height", "width"} or {"shortest_edge"}.
+        if isinstance(size, dict):
+            size = size.get("shortest_edge") or size["height"]
+        self.size = size
+        self.mean = processor["image_mean"]
+        self.std = processor["image_std"]
+        unused = ("pooler.", "classifier.")
+        vit = load_complete(ViTModel, source, unused=unused, add_pooling_layer=False)
+        self.vit = vit.to(device)
 
     def __call__(self, images, prompts=None):
-        return F.normalize(self.vit(resize_and_normalise(images, self.size, self.mean, self.std)).last_hidden_state[:, 0], dim=-1)
-
-
-def artifacts(source, device):
-    """(B, 2): mean and maximum over the pixels of an artifact detector's confidence in [0, 1] (DiffDoctor, section 3)."""
-    detector = load_detector(source, device)
-
-    def scores(images, prompts=None):
-        confidence = detector(images).flatten(1)
-        return torch.stack([confidence.mean(1), confidence.amax(1)], 1)
-    return scores
+        pixels = preprocess(images, self.size, self.mean, self.std, floor_crop=True)
+        cls_token = self.vit(pixels).last_hidden_state[:, 0]
+        return F.normalize(cls_token, dim=-1)
 
 
 class Inception:
-    """Pool3 features (B, 2048) of pytorch-fid's InceptionV3, which published FIDs use. Its weights are known by their sha256, and never unpickled."""
+    """The pool3 features (B, 2048) of pytorch-fid's InceptionV3, which published FIDs use.
+
+    path: a copy of its weights; by default they are downloaded once.
+    """
 
     def __init__(self, path, device):
-        from pytorch_fid import inception                                 # only FID needs it
-        path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1])
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(INCEPTION_URL, path, hash_prefix=INCEPTION_SHA256)
-            except OSError as e:
-                raise OSError(f"{INCEPTION_URL} was not served ({e}); a copy of it can be named, fid:FILE") from e
-        if hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
+        from pytorch_fid import inception  # an optional package, which only FID needs
+
+        if not path:
+            path = download_inception()
+        # We load the weights ourselves: pytorch-fid would unpickle whatever it downloads.
+        content = Path(path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != INCEPTION_SHA256:
             raise ValueError(f"{path} is not pytorch-fid's file: its sha256 is another one")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        inception.load_state_dict_from_url = lambda url, progress: state  # theirs unpickles what it downloads
+
+        def our_weights(url, progress):
+            return state
+
+        inception.load_state_dict_from_url = our_weights
         self.net = inception.InceptionV3().to(device).eval()
 
     def __call__(self, images, prompts=None):
         return self.net(images)[0].flatten(1)
 
 
-class MPS:
-    """exp(logit_scale) cos(text, x_4[0]): the Multi-dimensional Preference Score (Zhang et al., CVPR 2024), condition "overall", ImageReward's split.
-
-    x_0 (B, 257, D): image tokens; in each of 4 layers they attend to the text tokens (B, 77, D) that have to do with the condition, then to each
-    other with rotary positions; 16 heads of 64 share one key and value (multi-query), a SwiGLU runs beside each attention, nothing has a bias.
-    path: model.safetensors as RE-N-Y/mpsv1 has it (the authors' own file is a pickle); a tokenizer beside it is used instead of the hub's.
-    """
-    CONDITION = ("light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, quantity, "
-                 "attributes, position, number, location, word, things.")
-    CROSS, SELF = ("norm", "to_q", "to_kv", "to_out", "ff.0", "ff.2"), ("norm", "fused_attn_ff_proj", "attn_out", "ff_out.1")
-
-    def __init__(self, path, device):
-        state, folder = load_file(path), Path(path).parent
-        own, layers = ({k.removeprefix(start): v.float() for k, v in state.items() if k.startswith(start)}
-                       for start in ("mps.model.", "mps.cross_model.layers."))
-        self.clip = load_complete(CLIPModel, None, config=clip_config(own), state_dict=own).to(device)
-        self.layers = [[[layers[f"{i}.{j}.fn.{name}.weight"].to(device) for name in names] for j, names in enumerate((self.CROSS, self.SELF))]
-                       for i in range(len({k.split(".")[0] for k in layers}))]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder if (folder / "tokenizer_config.json").is_file() else VIT_H, trust_remote_code=False)
-        self.size = self.clip.config.vision_config.image_size
-        self.condition = self.text([self.CONDITION])[0][0]                # (77, D)
-
-    @torch.no_grad()
-    def text(self, prompts):
-        """-> tokens (B, 77, D), end-of-text features (B, D)."""
-        length = self.clip.config.text_config.max_position_embeddings
-        ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        tokens = self.clip.text_projection(self.clip.text_model(ids.to(self.clip.device)).last_hidden_state)      # padding is read as well
-        return tokens, tokens[torch.arange(len(ids)), ids.argmax(-1)]     # the end of the text has the highest id of all tokens
-
-    def __call__(self, images, prompts):
-        unique = list(dict.fromkeys(prompts))
-        text, end = (x[[unique.index(p) for p in prompts]] for x in self.text(unique))
-        related = (text @ self.condition.T).amax(-1)                      # (B, 77): each token's closeness to the condition
-        mask = (related / related.amax(1, keepdim=True) > .01)[:, None, None]
-        x = self.clip.vision_model(resize_and_normalise(images, self.size, CLIP_MEAN, CLIP_STD)).last_hidden_state
-        x = self.clip.visual_projection(x)                                # (B, 257, D), before the post-layernorm
-        for (norm, to_q, to_kv, to_out, up, down), (self_norm, fused, attn_out, ff_out) in self.layers:
-            h, head = F.layer_norm(x, norm.shape, norm), len(to_kv) // 2
-            x = x + attend(h @ to_q.T, *(text @ to_kv.T).chunk(2, -1), mask) @ to_out.T + swiglu(h @ up.T) @ down.T
-            q, k, v, ff = (F.layer_norm(x, self_norm.shape, self_norm) @ fused.T).split([len(to_q), head, head, 2 * ff_out.shape[1]], -1)
-            x = x + attend(rotate(q, head), rotate(k, head), v) @ attn_out.T + swiglu(ff) @ ff_out.T
-        return self.clip.logit_scale.exp() * F.cosine_similarity(end, x[:, 0], dim=-1)
+def download_inception():
+    """The path of pytorch-fid's weights in torch's cache, downloaded if they are not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(INCEPTION_URL, path, hash_prefix=INCEPTION_SHA256)
+        except OSError as error:
+            advice = "If you have the file already, pass fid:FILE"
+            raise OSError(f"cannot download {INCEPTION_URL} ({error}). {advice}") from error
+    return path
 
 
-def clip_config(state):
-    """A transformers CLIPModel's {name: tensor} -> its CLIPConfig by the tensors' sizes. Heads are 64 (text) and 80 (vision) wide, as in ViT-H."""
-    def tower(name, head):
-        width, inner = state[f"{name}_model.encoder.layers.0.mlp.fc2.weight"].shape
-        layers = sum(k.startswith(f"{name}_model.") and k.endswith("mlp.fc1.weight") for k in state)
-        return dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=width // head, hidden_act="gelu")
-    projection, patch = len(state["text_projection.weight"]), state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    grid = round((len(state["vision_model.embeddings.position_embedding.weight"]) - 1) ** .5)
-    words, length = (len(state[f"text_model.embeddings.{k}_embedding.weight"]) for k in ("token", "position"))
-    return CLIPConfig(projection_dim=projection, vision_config=dict(tower("vision", 80), image_size=grid * patch, patch_size=patch),
-                      text_config=dict(tower("text", 64), vocab_size=words, max_position_embeddings=length))
+def artifacts(source, device):
+    """A detector -> a network whose values (B, 2) are the mean and maximum of its confidence."""
+    detector = load_detector(source, device)
 
+    def mean_and_max(images, prompts=None):
+        confidence = detector(images).flatten(1)
+        return torch.stack([confidence.mean(1), confidence.amax(1)], 1)
 
-def attend(q, k, v, mask=None):
-    """q (B, N, heads * d), k and v (B, M, d), the same for all heads, mask broadcast to (B, heads, N, M) -> (B, N, heads * d)."""
-    q = q.unflatten(-1, (-1, k.shape[-1])).transpose(1, 2)
-    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-def rotate(x, d):
-    """Rotary positions (Su et al. 2021) for the heads of d numbers in x (B, N, heads * d), the two halves of a head being the pairs."""
-    angle = torch.arange(x.shape[1], device=x.device)[:, None] / 10000 ** (torch.arange(0, d, 2, device=x.device) / d)       # (N, d / 2)
-    a, b = x.unflatten(-1, (-1, d)).chunk(2, -1)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).flatten(2)
-
-
-def swiglu(x):
-    a, gate = x.chunk(2, -1)
-    return F.silu(gate) * a
+    return mean_and_max
 
 
 def verdicts(images, prompts):
-    """toy/oracle.py's verdicts: 1 correct, 0 not, nan where it abstains."""
-    table = {True: 1., False: 0., None: float("nan")}
-    return torch.tensor([table[correct(image, prompt)] for image, prompt in zip(images.cpu(), prompts)])
+    """toy/oracle.py's verdicts (B,): 1 if correct, 0 if not, NaN where it abstains."""
+    value_of = {True: 1.0, False: 0.0, None: float("nan")}
+    values = []
+    for image, prompt in zip(images.cpu(), prompts):
+        values.append(value_of[correct(image, prompt)])
+    return torch.tensor(values)
+
+
+def build_network(name, source, device):
+    """A value of NETWORK, and its weights ("": the published ones) -> the network."""
+    if name == "dino":
+        return Dino(source, device)
+    if name == "detector":
+        return artifacts(source, device)
+    if name == "inception":
+        return Inception(source, device)
+    if name == "mps":
+        return MPS(find_file(source, "model.safetensors", "RE-N-Y/mpsv1"), device)
+    if name == "toy_correct":
+        return verdicts
+    if name == "toy_pref_b":
+        return PickScore(source, source, device)
+    if name == "imagereward_raw":
+        reward = build_reward("imagereward", source, device)
+        reward.raw = True
+        return reward
+    return build_reward(name, source, device)
 
 
 def load_network(name, source, device):
-    """A value of NETWORK and where its weights are (None: as published) -> the callable."""
-    flag = {"dino": "--dino", "detector": "--detector", "inception": "--metrics fid"}.get(name, f"--metrics {name}")
-    if name.startswith("toy_") and name != "toy_correct" and not (Path(source) / "model.safetensors").is_file():
-        die(f"--metrics {name}: its weights are missing, no {Path(source) / 'model.safetensors'}; `python toy/make.py` makes them")
     try:
-        if name == "mps":
-            return MPS(published(source, "model.safetensors", "RE-N-Y/mpsv1"), device)
-        if name == "imagereward_raw":
-            reward = load_reward("imagereward" + (f":{source}" if source else ""), device)[0]
-            reward.raw = True
-            return reward
-        build = {"dino": Dino, "detector": artifacts, "inception": Inception, "toy_correct": lambda *_: verdicts,
-                 "toy_pref_b": lambda path, device: PickScore(path, path, device)}.get(name)
-        return build(source, device) if build else load_reward(name + (f":{source}" if source else ""), device)[0]
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
-        die(f"{flag}: cannot load the weights{f' of {source}' if source else ''}: {(str(e).splitlines() or [type(e).__name__])[0]}")
+        return build_network(name, source or None, device)
+    except (*UNREADABLE, ImportError) as error:
+        sys.exit(f"{name}: cannot load its weights. {explain(error)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Features, with a cache on disk
+
+
+def file_state(path):
+    """What changes when a file is written again."""
+    stat = path.stat()
+    return path.name, stat.st_size, stat.st_mtime_ns
 
 
 def fingerprint(name, source, device, folder, rows):
-    """What cached features depend on: the images and texts, the weights, the device's precision, and the code."""
-    def stat(path):
-        return os.fspath(path), path.stat().st_size, path.stat().st_mtime_ns
-    weights = Path(source or "")
-    weights = [weights] if weights.is_file() else [p for p in sorted(weights.glob("*")) if p.is_file()] if source else []
-    code = [(ROOT / f).read_bytes() for f in ("evaluate.py", "common.py", "toy/oracle.py", "toy/scenes.py")]
-    images = [(row["text"], *stat(Path(folder) / row["file_name"])[1:], row["file_name"]) for row in rows]
-    return hashlib.sha256(repr((name, source, device.type, list(map(stat, weights)), code, images)).encode()).hexdigest()
+    """A hash of all that cached features depend on: images, texts, weights, device and code."""
+    weights = []
+    if source and os.path.isfile(source):
+        weights = [Path(source)]
+    elif source:
+        weights = [path for path in sorted(Path(source).glob("*")) if path.is_file()]
+    code = []
+    for file in ("evaluate.py", "rewards.py", "common.py", "toy/oracle.py", "toy/scenes.py"):
+        code.append((ROOT / file).read_bytes())
+    images = []
+    for row in rows:
+        path = Path(folder) / row["file_name"]
+        images.append((row["text"], row["file_name"], file_state(path)))
+    weight_files = [file_state(path) for path in weights]
+    content = repr((name, str(source), device.type, weight_files, code, images))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
-@torch.no_grad()
-def features_of(folders, names, sources, device, batch=32):
-    """{folder: rows}, values of NETWORK, {name: source} -> {(folder, name): (N, ...) on the CPU}. One network is in memory at a time."""
-    table = {}
-    for name in names:
-        keys = {folder: fingerprint(name, sources[name], device, folder, rows) for folder, rows in folders.items()}
-        cache = {folder: Path(folder) / ".evaluate" / f"{name}.safetensors" for folder in folders}
-        for folder in folders:
-            if cache[folder].is_file():
-                try:
-                    with safe_open(cache[folder], "pt") as f:
-                        if (f.metadata() or {}).get("key") == keys[folder]:
-                            table[folder, name] = f.get_tensor("features")
-                except (SafetensorError, OSError) as e:
-                    print(f"{cache[folder]}: not readable ({type(e).__name__}), made again")
-        todo = {folder: rows for folder, rows in folders.items() if (folder, name) not in table}
-        network = load_network(name, sources[name], device) if todo else None
-        with tqdm(total=sum(map(len, todo.values())), desc=name, unit="image", disable=not todo) as bar:
-            for folder, rows in todo.items():
-                parts = []
-                for images, part in batches(folder, rows, batch):
-                    parts.append(network(images.to(device), [row["text"] for row in part]).float().cpu())
-                    bar.update(len(part))
-                table[folder, name] = torch.cat(parts)
-                if name != "toy_correct" and not table[folder, name].isfinite().all():
-                    raise FloatingPointError(f"{name}: its scores of {folder} are not finite; its weights are broken")
-                write_cache(cache[folder], table[folder, name], keys[folder])
-        del network
-    return table
+def read_cache(path, key):
+    """The features kept under this key, or None."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("key") == key:
+                return file.get_tensor("features")
+    except (SafetensorError, OSError) as error:
+        print(f"{path}: not readable ({explain(error)}), so we compute these features again")
+    return None
 
 
 def write_cache(path, features, key):
-    tmp = path.with_suffix(f".{os.getpid()}.tmp")                         # several evaluations may share a reference
+    """Keeps the features for the next evaluation. A folder that is read-only is no error."""
+    # Several evaluations may share a reference, so each writes a file of its own first.
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
-        save_file({"features": features.contiguous()}, tmp, {"key": key})
-        tmp.replace(path)
-    except (OSError, SafetensorError) as e:
-        print(f"{path}: features are not kept, cannot write there ({e})")
+        save_file({"features": features.contiguous()}, temporary, {"key": key})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        print(f"{path}: cannot write there, so the features are not kept ({error})")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# metrics
+def compute_features(network, name, folder, rows, device, batch_size):
+    """A network's values (N, ...) for all images of a folder, on the CPU."""
+    parts = []
+    with tqdm(total=len(rows), desc=f"{name} of {folder}", unit="image") as progress:
+        for images, rows_in_batch in read_batches(folder, rows, batch_size):
+            prompts = [row["text"] for row in rows_in_batch]
+            parts.append(network(images.to(device), prompts).float().cpu())
+            progress.update(len(images))
+    features = torch.cat(parts)
+    # Only the oracle uses NaN: it abstains.
+    if name != "toy_correct" and not features.isfinite().all():
+        sys.exit(f"{name}: its values for {folder} are not finite. Are its weights broken?")
+    return features
 
 
-def prompt_means(values, prompt_ids):
-    """values (N,), N prompt ids -> {id: mean over its images}."""
-    groups = {}
-    for value, p in zip(values.double().tolist(), prompt_ids, strict=True):
-        groups.setdefault(p, []).append(value)
-    return {p: sum(group) / len(group) for p, group in groups.items()}
+@torch.no_grad()
+def features_of(folders, names, sources, device, batch_size):
+    """{folder: rows} and the names of networks -> {(folder, name): values (N, ...)}."""
+    table = {}
+    for name in names:
+        # A network is loaded when the first folder needs it. One at a time is in memory.
+        network = None
+        for folder, rows in folders.items():
+            key = fingerprint(name, sources[name], device, folder, rows)
+            cache = Path(folder) / ".evaluate" / f"{name}.safetensors"
+            features = read_cache(cache, key)
+            if features is None:
+                if network is None:
+                    network = load_network(name, sources[name], device)
+                features = compute_features(network, name, folder, rows, device, batch_size)
+                write_cache(cache, features, key)
+            table[folder, name] = features
+    return table
 
 
-def dino_diversity(features, prompt_ids):
-    """features (N, D), N prompt ids -> {id: mean of 1 - cos over the pairs of its images}; prompts with one image have none and are absent."""
-    groups, features = {}, F.normalize(features.double(), dim=-1)
-    for i, p in enumerate(prompt_ids):
-        groups.setdefault(p, []).append(i)
-    pairs = {p: torch.triu_indices(len(group), len(group), 1) for p, group in groups.items() if len(group) > 1}
-    return {p: 1 - (features[groups[p]] @ features[groups[p]].T)[tuple(ij)].mean().item() for p, ij in pairs.items()}
+# --------------------------------------------------------------------------------------------------
+# Measuring
 
 
-def frechet(a, b):
-    """features (N, D), (M, D) -> |mean_a - mean_b|^2 + tr S_a + tr S_b - 2 tr (S_a^.5 S_b S_a^.5)^.5 in float64 (Heusel et al. 2017, Eq. 6)."""
-    a, b = a.double(), b.double()
-    s_a, s_b = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(s_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp(min=0).sqrt().sum()
-    return max(0., ((a.mean(0) - b.mean(0)).square().sum() + s_a.trace() + s_b.trace() - 2 * cross).item())
+def summarize_prompts(per_prompt):
+    """{prompt id: value} -> dict(mean, low, high, prompts, per_prompt).
 
-
-def covariance_distances(a, b, floor=1e-8):
-    """features (N, D), (M, D) -> (cov_dist, log_cov_dist) as the docstring above defines them; eigenvalues below the floor are rounding errors."""
-    spectra = [torch.linalg.eigvalsh(F.normalize(x.double(), dim=-1).T.cov()) for x in (a, b)]
-    logs = [s.clamp(min=floor).log() for s in spectra]
-    return (spectra[0] - spectra[1]).abs().mean().item(), (logs[0] - logs[1]).abs().mean().item()
-
-
-def interval(values, resamples=2000):
-    """Per-prompt values -> (mean, low, high), the 95 % bootstrap interval over prompts; always the same draws for the same count."""
-    values = torch.tensor(list(values), dtype=torch.float64)
-    means = values[torch.randint(len(values), (resamples, len(values)), generator=generator(0, "bootstrap"))].mean(1)
-    return values.mean().item(), *means.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
-
-
-def summary(per_prompt):
-    """{id: value} -> dict(mean, low, high, prompts, per_prompt); the mean is None if there is no prompt, the interval if there is but one."""
-    mean, low, high = interval(per_prompt.values()) if per_prompt else (None, None, None)
-    low, high = (low, high) if len(per_prompt) > 1 else (None, None)
+    Without prompts the mean is None. With fewer than two, there is no interval.
+    """
+    mean = low = high = None
+    if per_prompt:
+        mean, low, high = interval(list(per_prompt.values()))
+    if len(per_prompt) < 2:
+        low = high = None
     return dict(mean=mean, low=low, high=high, prompts=len(per_prompt), per_prompt=per_prompt)
 
 
-def summarise(name, values, prompt_ids, reference=None):
-    """A metric of a folder from its network's values (N, ...) -> its summary; with it toy_correct's abstentions, dino_div's one-image prompts."""
-    if name in AGAINST:
-        value = frechet(values, reference) if name in ("fid", "frechet_toy") else covariance_distances(values, reference)[name == "log_cov_dist"]
-        full_rank = min(len(values), len(reference)) > values.shape[1]
-        return dict(mean=value, low=None, high=None, prompts=len(set(prompt_ids)), per_prompt={}, full_rank=full_rank)
+def summarize_distance(name, features, reference, num_prompts):
+    """Features (N, D) of a folder and (M, D) of the reference -> a summary without interval."""
+    num_images = min(len(features), len(reference))
+    if num_images < 2:
+        sys.exit(f"--metrics {name}: one image has no covariance; there must be two or more")
+    if name in ("fid", "frechet_toy"):
+        distance = frechet(features, reference)
+    else:
+        cov_dist, log_cov_dist = covariance_distances(features, reference)
+        distance = log_cov_dist if name == "log_cov_dist" else cov_dist
+    # With fewer images than dimensions a covariance is not of full rank, and means little.
+    full_rank = num_images > features.shape[1]
+    return dict(
+        mean=distance, low=None, high=None, prompts=num_prompts, per_prompt={}, full_rank=full_rank
+    )
+
+
+def summarize(name, values, prompt_ids, reference=None):
+    """A metric from the values (N, ...) of its network -> its summary for one folder."""
+    num_prompts = len(set(prompt_ids))
+    if name in DISTANCES:
+        return summarize_distance(name, values, reference, num_prompts)
     if name == "dino_div":
-        per_prompt = dino_diversity(values, prompt_ids)
-        return dict(summary(per_prompt), left_out=len(set(prompt_ids)) - len(per_prompt))
-    values = values[:, ARTIFACTS.index(name)] if name in ARTIFACTS else values
-    result = summary(prompt_means(values.nan_to_num(0.) if name == "toy_correct" else values, prompt_ids))
+        summary = summarize_prompts(dino_diversity(values, prompt_ids))
+        summary["left_out"] = num_prompts - summary["prompts"]
+        return summary
     if name == "toy_correct":
+        summary = summarize_prompts(prompt_means(values.nan_to_num(0.0), prompt_ids))
         abstained = prompt_means(values.isnan(), prompt_ids).values()
-        result["abstained"] = sum(abstained) / len(abstained)
-    return result
+        summary["abstained"] = sum(abstained) / len(abstained)
+        return summary
+    if name in ARTIFACTS:
+        values = values[:, ARTIFACTS.index(name)]
+    return summarize_prompts(prompt_means(values, prompt_ids))
 
 
-def difference(own, its):
-    """Two summaries of the same prompts -> the summary of own - its."""
-    if not own["per_prompt"] and own["mean"] is not None:
-        return dict(own, mean=own["mean"] - its["mean"])
-    return summary({p: v - its["per_prompt"][p] for p, v in own["per_prompt"].items()})
+def difference(own, baseline):
+    """Two summaries of a metric for the same prompts -> the summary of own - baseline."""
+    if own["mean"] is not None and not own["per_prompt"]:
+        return {**own, "mean": own["mean"] - baseline["mean"]}
+    per_prompt = {}
+    for prompt_id, value in own["per_prompt"].items():
+        per_prompt[prompt_id] = value - baseline["per_prompt"][prompt_id]
+    return summarize_prompts(per_prompt)
 
 
 @torch.no_grad()
-def drift(first, other, dino, device, masks=None, batch=32):
-    """(folder, rows) twice, in pairs -> dict(psnr, dino) of summaries. Under a mask both get the first folder's pixels: only the rest counts."""
-    psnr, dino_distance = [], []
-    for (a, part), (b, _) in zip(batches(*first, batch), batches(*other, batch)):
+def drift(first, other, dino, device, batch_size):
+    """Two pairs (folder, rows) whose images pair -> dict(psnr, dino) of summaries.
+
+    psnr = -10 log10(mean squared error), at most 100 dB;  dino = 1 - cos of the features.
+    """
+    psnr = []
+    dino_distance = []
+    batches = zip(read_batches(*first, batch_size), read_batches(*other, batch_size))
+    for (a, rows_in_batch), (b, _) in batches:
         if a.shape != b.shape:
-            raise OSError(f"--metrics drift: the images of {first[0]} and {other[0]} differ in size, in the batch from {part[0]['file_name']} on")
-        keep = torch.ones_like(a[:, :1])
-        for i, row in enumerate(part if masks else ()):
-            mask = read_image(Path(masks) / row["file_name"])[:1]
-            if mask.shape != keep[i].shape or mask.min() > .5:
-                raise OSError(f"--masks {masks}: {row['file_name']} has another size than its image, or leaves nothing of it")
-            keep[i] = mask <= .5
-        b = torch.where(keep > 0, b, a)
-        mse = (a - b).double().square().mean(1, keepdim=True).sum((1, 2, 3)) / keep.double().sum((1, 2, 3))
+            name = rows_in_batch[0]["file_name"]
+            raise OSError(f"--metrics drift: from {name} on, the sizes of {other[0]} are others")
+        mse = (a - b).double().square().mean((1, 2, 3))
         psnr.append(-10 * mse.clamp(min=1e-10).log10())
-        dino_distance.append(1 - (dino(a.to(device)) * dino(b.to(device))).sum(-1).cpu())
-    ids = [row["prompt_id"] for row in first[1]]
-    return {"psnr": summary(prompt_means(torch.cat(psnr), ids)), "dino": summary(prompt_means(torch.cat(dino_distance), ids))}
+        cosine = (dino(a.to(device)) * dino(b.to(device))).sum(-1)
+        dino_distance.append(1 - cosine.cpu())
+    prompt_ids = prompt_ids_of(first[1])
+    return {
+        "psnr": summarize_prompts(prompt_means(torch.cat(psnr), prompt_ids)),
+        "dino": summarize_prompts(prompt_means(torch.cat(dino_distance), prompt_ids)),
+    }
 
 
-def measure(folders, metrics, sources, device, reference=None, masks=None, batch=32):
-    """folders: {name: rows of read_folder} -> dict(folders={folder: {metric: summary}}, differences={folder: {metric: summary}} to the first folder,
-    not_paired={folder: why not}, drift={folder: {psnr, dino: summary}}); reference: the same as folders, with one."""
-    first, results = next(iter(folders)), dict(folders={}, differences={}, not_paired={}, drift={})
+def measure(folders, metrics, sources, device, reference=None, batch_size=32):
+    """Computes all metrics of all folders.
+
+    folders: {folder: rows of read_folder}, the first one being the baseline
+    sources: {network: its weights}
+    reference: the same as folders, with one entry, for DISTANCES
+
+    Returns four dicts by folder: folders {metric: summary}, differences {metric: summary} to the
+    first folder, not_paired (why there are none), and drift {"psnr", "dino": summary}.
+    """
+    first = next(iter(folders))
+    results = dict(folders={}, differences={}, not_paired={}, drift={})
     for folder, rows in folders.items():
-        results["folders"][folder] = {}
-        if reason := unpaired(folders[first], rows):
-            results["not_paired"][folder] = reason
+        try:
+            check_pairs(folders[first], rows)
+        except ValueError as error:
             if "drift" in metrics:
-                die(f"--metrics drift: {folder} does not pair with {first}: {reason}")
-    plain = [name for name in metrics if name != "drift"]
-    table = features_of(folders, dict.fromkeys(NETWORK[name] for name in plain), sources, device, batch)
-    needed = dict.fromkeys(NETWORK[name] for name in plain if name in AGAINST)
-    others = features_of(reference, needed, sources, device, batch) if needed else {}
+                sys.exit(f"--metrics drift: {folder} does not pair with {first}: {error}")
+            results["not_paired"][folder] = str(error)
+
+    # Run every network once over every folder, and over the reference if it is needed.
+    names = [name for name in metrics if name != "drift"]
+    networks = list(dict.fromkeys(NETWORK[name] for name in names))
+    features = features_of(folders, networks, sources, device, batch_size)
+    of_reference = {}
+    if any(name in DISTANCES for name in names):
+        (reference_folder,) = reference
+        networks = list(dict.fromkeys(NETWORK[name] for name in names if name in DISTANCES))
+        table = features_of(reference, networks, sources, device, batch_size)
+        of_reference = {name: table[reference_folder, name] for name in networks}
+
+    # Compute the metrics from these values, and the differences to the first folder.
     for folder, rows in folders.items():
-        own = results["folders"][folder]
-        for name in plain:
-            ids, other = [row["prompt_id"] for row in rows], others[next(iter(reference)), NETWORK[name]] if name in AGAINST else None
-            own[name] = summarise(name, table[folder, NETWORK[name]], ids, other)
+        own = {}
+        for name in names:
+            network = NETWORK[name]
+            values = features[folder, network]
+            own[name] = summarize(name, values, prompt_ids_of(rows), of_reference.get(network))
+        results["folders"][folder] = own
         if folder != first and folder not in results["not_paired"]:
-            results["differences"][folder] = {name: difference(own[name], results["folders"][first][name]) for name in plain}
+            baseline = results["folders"][first]
+            results["differences"][folder] = {
+                name: difference(own[name], baseline[name]) for name in names
+            }
+
+    # Drift reads the images again, because it compares pixels.
     if "drift" in metrics:
         dino = load_network("dino", sources["dino"], device)
-        for folder in tqdm(list(folders)[1:], desc="drift", unit="folder"):
-            results["drift"][folder] = drift((first, folders[first]), (folder, folders[folder]), dino, device, masks, batch)
+        for folder in list(folders)[1:]:
+            pair = ((first, folders[first]), (folder, folders[folder]))
+            results["drift"][folder] = drift(*pair, dino, device, batch_size)
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# a run's snapshots, tables, plots
+# --------------------------------------------------------------------------------------------------
+# The snapshots of a run
 
 
-@torch.no_grad()
-def sample_snapshots(run, prompts, num_images, device):
-    """Samples the base model (step 0) and every snapshot of a run with the same noise, as its sampler block says -> {folder: step}.
+def read_run(run):
+    """A run folder -> its config, and {step: folder of the snapshot}, sorted."""
+    path = run / "config.json"
+    if not path.is_file():
+        sys.exit(f"--over_steps {run}: no run folder, because it has no config.json")
+    config = json.loads(path.read_text())
+    if "sampler" not in config:
+        sys.exit(f"--over_steps {run}: its config.json names no sampler, so we cannot sample it")
+    snapshots = {}
+    for folder in (run / ("lora" if config["lora_rank"] else "model")).glob("step_*"):
+        snapshots[int(folder.name.removeprefix("step_"))] = folder
+    if not snapshots:
+        sys.exit(f"--over_steps {run}: no snapshots; the training makes them every --save_every")
+    return config, dict(sorted(snapshots.items()))
 
-    RUN/over_steps/step_000200 and so on; what was sampled from the same weights, prompts and settings is not sampled again.
+
+def load_snapshot(model, folder, lora_rank):
+    """Puts the weights of a snapshot into the model, in place of the last one's."""
+    if lora_rank:
+        load_lora(model, folder)
+        return
+    denoiser = type(model.denoiser).from_pretrained(
+        folder / model.denoiser_name, torch_dtype=model.dtype, use_safetensors=True
+    )
+    model.denoiser.load_state_dict(denoiser.state_dict())
+
+
+def sample_folder(model, prompts, sampler, num_images, out, settings):
+    """Samples a folder of images, all of it or nothing. settings.json says how."""
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    lines = []
+    with tqdm(total=len(prompts) * num_images, desc=f"{out}", unit="image") as progress:
+        batches = generate_batches(model, prompts, 0, sampler, num_images, micro_batch=4)
+        for images in batches:
+            for image in images:
+                i, k = divmod(len(lines), num_images)
+                name = f"{i:05d}_{k:02d}.png"
+                to_pil(image).save(temporary / name)
+                row = dict(file_name=name, text=prompts[i], prompt_id=i, seed=0)
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            progress.update(len(images))
+    (temporary / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    (temporary / "settings.json").write_text(settings)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.replace(out)
+
+
+def sample_snapshots(run, prompts_file, num_images, device):
+    """Samples the base model (step 0) and every snapshot of a run -> {folder of images: step}.
+
+    All have the same prompts and noise, and the sampler of the run's config.json. The images go to
+    RUN/over_steps/step_000060 and so on. What is there already is not sampled again.
     """
     run = Path(run)
-    try:
-        config = json.loads((run / "config.json").read_text())
-        sampler, name, rank, resolution = (config[k] for k in ("sampler", "model", "lora_rank", "resolution"))
-    except (OSError, ValueError, KeyError, TypeError):
-        die(f"--over_steps {run}: no run folder, or its config.json is not a run's")
-    snapshots = {int(p.name[5:]): p for p in (run / ("lora" if rank else "model")).glob("step_*") if p.name[5:].isdigit()}
-    if not snapshots:
-        die(f"--over_steps {run}: no snapshots in it; the training scripts make them every --save_every updates")
-    prompts = read_prompts(prompts or config.get("test_prompts") or die(f"--over_steps {run}: its config names no test prompts; give --prompts FILE"))
-    model, adapted, folders = None, False, {}
-    for step, weights in sorted({0: None, **snapshots}.items()):
+    config, snapshots = read_run(run)
+    prompts_file = prompts_file or config.get("test_prompts")
+    if not prompts_file:
+        sys.exit(f"--over_steps {run}: the run had no --test_prompts file; pass --prompts")
+    prompts = read_prompts(prompts_file)
+    model = None
+    folders = {}
+    for step, snapshot in {0: None, **snapshots}.items():
         out = run / "over_steps" / f"step_{step:06d}"
         folders[str(out)] = step
-        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(weights.rglob("*.safetensors"))] if weights else []
-        settings = json.dumps(dict(sampler=sampler, model=name, resolution=resolution, prompts=prompts, num_images=num_images, weights=files))
-        if (out / "settings.json").is_file() and (out / "settings.json").read_text() == settings:
+        files = []
+        if snapshot:
+            files = [file_state(path) for path in sorted(snapshot.rglob("*.safetensors"))]
+        settings = dict(
+            sampler=config["sampler"],
+            model=config["model"],
+            resolution=config["resolution"],
+            prompts=prompts,
+            num_images=num_images,
+            weights=files,
+        )
+        settings = json.dumps(settings)
+        done = out / "settings.json"
+        if done.is_file() and done.read_text() == settings:
             continue
         if model is None:
-            model = load_model(name, device, resolution)
-            encode_prompts(model, prompts)
-        if weights and adapted:
-            load_lora(model, weights)
-        elif weights and rank:
-            adapted = bool(trainable(model, rank, init_lora=weights))
-        elif weights:
-            unet = type(model.denoiser).from_pretrained(weights / "unet", torch_dtype=model.dtype, use_safetensors=True)
-            model.denoiser.load_state_dict(unet.state_dict())
-        tmp, rows = out.with_name(out.name + ".tmp"), []
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        with merged(model), tqdm(total=len(prompts) * num_images, desc=f"sampling {out.name}", unit="image") as bar:
-            for images in generate_batches(model, prompts, 0, sampler, num_images):
-                for image in images:
-                    i, k = divmod(len(rows), num_images)
-                    rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompts[i], prompt_id=i, seed=0))
-                    to_pil(image).save(tmp / rows[-1]["file_name"])
-                bar.update(len(images))
-        (tmp / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        (tmp / "settings.json").write_text(settings)
-        shutil.rmtree(out, ignore_errors=True)
-        tmp.replace(out)
+            model = load_model(config["model"], device, config["resolution"])
+            encode_once(model, prompts)
+        # Step 0 comes first, while the model is still the base model.
+        if snapshot:
+            load_snapshot(model, snapshot, config["lora_rank"])
+        sample_folder(model, prompts, config["sampler"], num_images, out, settings)
     return folders
 
 
-def report(results, folders, said):
-    """The aligned table: mean [95 % interval over prompts], then the paired differences to the first folder, then what must be said."""
+# --------------------------------------------------------------------------------------------------
+# Tables and plots
+
+
+def format_cell(summary):
+    """The mean and, in brackets, its interval."""
+    if summary["mean"] is None:
+        return "-"
+    text = f"{summary['mean']:.4f}"
+    if summary["low"] is not None:
+        text += f" [{summary['low']:.4f}, {summary['high']:.4f}]"
+    return text
+
+
+def print_table(title, summaries, folders):
+    """summaries: {folder: {metric: summary}} -> a line per folder, a column per metric."""
+    metrics = next(iter(summaries.values()))
+    table = [[title, "images", "prompts", *metrics]]
+    for folder, own in summaries.items():
+        rows = folders[folder]
+        num_prompts = len(set(prompt_ids_of(rows)))
+        cells = [format_cell(summary) for summary in own.values()]
+        table.append([folder, str(len(rows)), str(num_prompts), *cells])
+    widths = []
+    for column in zip(*table):
+        widths.append(max(len(cell) for cell in column))
+    for line in table:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        print("  ".join(cells).rstrip())
+    print()
+
+
+def print_notes(folder, own):
+    """What a reader must know about the metrics of one folder."""
+    if "dino_div" in own and own["dino_div"]["left_out"]:
+        left_out = own["dino_div"]["left_out"]
+        total = left_out + own["dino_div"]["prompts"]
+        print(f"{folder}: dino_div leaves out {left_out} of {total} prompts with only one image")
+    if "toy_correct" in own:
+        abstained = own["toy_correct"]["abstained"]
+        print(f"{folder}: the oracle abstained on {abstained:.1%} of the images (not correct)")
+    too_few = [name for name, summary in own.items() if not summary.get("full_rank", True)]
+    if too_few:
+        names = ", ".join(too_few)
+        print(f"{folder}: {names} mean little: here or in the reference there are no more")
+        print("  images than the features have dimensions")
+
+
+def report(results, folders, shown):
+    """Prints the tables, then what a reader must know. shown: {"dino", "detector": its source}."""
     first = next(iter(folders))
-    metrics = list(results["folders"][first])
-
-    def cell(s):
-        return "-" if s["mean"] is None else f"{s['mean']:.4f}" + ("" if s["low"] is None else f" [{s['low']:.4f}, {s['high']:.4f}]")
-
-    def table(title, part):
-        rows = [[title, "images", "prompts", *next(iter(part.values()))]]
-        for folder, own in part.items():
-            rows.append([folder, str(len(folders[folder])), str(len({row["prompt_id"] for row in folders[folder]})), *map(cell, own.values())])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        print(*("  ".join(x.ljust(w) for x, w in zip(row, widths)).rstrip() for row in rows), "", sep="\n")
-
-    for title, part in (("folder", "folders"), (f"minus {first}", "differences"), (f"drift from {first}", "drift")):
-        if results[part] and (metrics or part == "drift"):
-            table(title, results[part])
+    has_metrics = len(results["folders"][first]) > 0
+    if has_metrics:
+        print_table("folder", results["folders"], folders)
+    if has_metrics and results["differences"]:
+        print_table(f"minus {first}", results["differences"], folders)
+    if results["drift"]:
+        print_table(f"drift from {first}", results["drift"], folders)
     for folder, own in results["folders"].items():
         if folder in results["not_paired"] and len(folders) > 1:
-            print(f"{folder}: no paired differences to {first}: {results['not_paired'][folder]}")
-        if left_out := own.get("dino_div", {}).get("left_out"):
-            print(f"{folder}: {left_out} of {left_out + own['dino_div']['prompts']} prompts have one image, and are left out of dino_div")
-        if "toy_correct" in own:
-            print(f"{folder}: the oracle abstained on {own['toy_correct']['abstained']:.1%} of the images: counted as not correct")
-        if short := [name for name, s in own.items() if not s.get("full_rank", True)]:
-            print(f"{folder}: {', '.join(short)} of as many images as the features have dimensions, or fewer, here or in the reference: of little meaning")
-    for name, source in said.items():
+            reason = results["not_paired"][folder]
+            print(f"{folder}: no paired differences to {first}: {reason}")
+        print_notes(folder, own)
+    for name, source in shown.items():
         if source:
             print(f"{name}: {source}")
 
 
+def error_bars(summaries):
+    """n summaries -> how far their intervals reach below and above the means, two lists."""
+    below = []
+    above = []
+    for summary in summaries:
+        has_interval = summary["low"] is not None
+        below.append(summary["mean"] - summary["low"] if has_interval else 0.0)
+        above.append(summary["high"] - summary["mean"] if has_interval else 0.0)
+    return below, above
+
+
+def draw_panel(axis, summaries, metric, x_metric, steps):
+    """Draws one metric against another, or against the steps, on a matplotlib axis.
+
+    summaries: {folder: {metric: summary}}. A folder without a value is left out.
+    """
+    needed = [metric] if steps else [metric, x_metric]
+    folders = []
+    for folder, own in summaries.items():
+        if all(own[name]["mean"] is not None for name in needed):
+            folders.append(folder)
+    values = [summaries[folder][metric] for folder in folders]
+    y = [summary["mean"] for summary in values]
+    if steps:
+        x = [steps[folder] for folder in folders]
+        axis.errorbar(x, y, yerr=error_bars(values), fmt="o-", capsize=3)
+        axis.set(xlabel="updates", ylabel=metric)
+        return
+    x_values = [summaries[folder][x_metric] for folder in folders]
+    x = [summary["mean"] for summary in x_values]
+    axis.errorbar(x, y, error_bars(values), error_bars(x_values), fmt="o", capsize=3)
+    axis.set(xlabel=x_metric, ylabel=metric)
+    label = dict(textcoords="offset points", xytext=(5, 5), fontsize=8)
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        names = folders
+    for name, *point in zip(names, x, y):
+        axis.annotate(name, point, **label)
+
+
 def plot(results, path, steps=None):
-    """Quality (a panel each) against the first diversity metric, a point a folder, intervals as bars; with {folder: step} every metric over steps."""
+    """Writes a PNG with one panel per metric, and intervals as bars.
+
+    Quality and artifacts stand against the first metric of diversity or distance, one point per
+    folder. With steps, {folder: step}, every metric stands against the steps.
+    """
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    own = results["folders"]
-    metrics = list(next(iter(own.values())))
-    x_name = next((m for m in metrics if m in ("dino_div", *AGAINST)), None)
-    panels = metrics if steps else [m for m in metrics if m in (*QUALITY, *ARTIFACTS)]
-    names = {folder: Path(folder).name for folder in own}
-    names = names if len(set(names.values())) == len(own) else {folder: folder for folder in own}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), constrained_layout=True, squeeze=False)
 
-    def points(metric):                                                   # folders without a value (one-image prompts) are left out
-        return {f: (s["mean"], s["mean"] - (s["mean"] if s["low"] is None else s["low"]), (s["mean"] if s["high"] is None else s["high"]) - s["mean"])
-                for f, s in ((f, values[metric]) for f, values in own.items()) if s["mean"] is not None}
+    summaries = results["folders"]
+    metrics = list(next(iter(summaries.values())))
+    panels = metrics
+    x_metric = None
+    if not steps:
+        panels = [name for name in metrics if name in QUALITY or name in ARTIFACTS]
+        x_metric = [name for name in metrics if name == "dino_div" or name in DISTANCES][0]
+    width = 4 * len(panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(width, 3.4), constrained_layout=True, squeeze=False
+    )
     for axis, metric in zip(axes[0], panels):
-        y, x = points(metric), {f: (s, 0, 0) for f, s in steps.items()} if steps else points(x_name)
-        both = [f for f in y if f in x]
-        axis.errorbar([x[f][0] for f in both], [y[f][0] for f in both], xerr=list(zip(*(x[f][1:] for f in both))) or None,
-                      yerr=list(zip(*(y[f][1:] for f in both))) or None, fmt="o-" if steps else "o", capsize=3)
-        for f in both if not steps else ():
-            axis.annotate(names[f], (x[f][0], y[f][0]), textcoords="offset points", xytext=(5, 5), fontsize=8)
-        axis.set(xlabel="updates" if steps else x_name, ylabel=metric)
+        draw_panel(axis, summaries, metric, x_metric, steps)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+# --------------------------------------------------------------------------------------------------
+
+
+def check_captions(folders):
+    """Exits if toy_correct could not read a caption."""
+    for folder, rows in folders.items():
+        for row in rows:
+            try:
+                parse_caption(row["text"])
+            except ValueError as error:
+                sys.exit(f"--metrics toy_correct: {folder}: {error}")
+
+
+def all_toy_images(folders):
+    """Whether the first image of every folder has the size of the toy world's images."""
+    for folder, rows in folders.items():
+        image = read_image(Path(folder) / rows[0]["file_name"])
+        if image.shape[1:] != (TOY_SIZE, TOY_SIZE):
+            return False
+    return True
+
+
+def choose_networks(args, folders):
+    """Sets the defaults of --dino and --detector -> {network: its weights}."""
+    networks = {NETWORK[name] for name in args.metrics}
+    is_toy = all_toy_images(folders)
+    if args.dino is None:
+        args.dino = "toy" if is_toy else "facebook/dino-vits16"
+    if args.detector is None and is_toy:
+        args.detector = "toy"
+    if "detector" in networks and args.detector is None:
+        sys.exit("--detector is needed: toy/detector knows only the images of the toy world")
+    if "frechet_toy" in args.metrics and args.dino != "toy":
+        sys.exit("--metrics frechet_toy is defined by toy/dino: pass --dino toy")
+    sources = {NETWORK[name]: path for name, path in args.metrics.items()}
+    sources.update(dino=args.dino, detector=args.detector)
+    for name, folder in TOY_FOLDER.items():
+        if sources.get(name) in (None, "", "toy"):
+            sources[name] = str(TOY / folder)
+    return sources
+
+
 def main(args):
     device = pick_device(args.device)
-    steps = sample_snapshots(args.over_steps, args.prompts, args.num_images, device) if args.over_steps else None
+    steps = None
+    if args.over_steps:
+        steps = sample_snapshots(args.over_steps, args.prompts, args.num_images, device)
     folders = {folder: read_folder(folder) for folder in steps or args.folders}
-    reference = {args.reference: read_folder(args.reference)} if args.reference else {}
-    try:
-        for text in {row["text"] for rows in folders.values() for row in rows} if "toy_correct" in args.metrics else ():
-            parse_caption(text)
-    except ValueError as e:
-        die(f"--metrics toy_correct: {e}")
-    networks, everything = {NETWORK[name] for name in args.metrics}, {**folders, **reference}
-    for folder, rows in everything.items():
-        if len(rows) < 2 and {*args.metrics} & {*AGAINST}:
-            die(f"{folder}: one image has no covariance, which {', '.join(name for name in args.metrics if name in AGAINST)} compare")
-    try:
-        firsts = [read_image(Path(folder) / rows[0]["file_name"]) for folder, rows in everything.items()]
-        toy = all(image.shape[1:] == (TOY_SIZE, TOY_SIZE) for image in firsts)
-        dino, detector = args.dino or ("toy" if toy else "facebook/dino-vits16"), args.detector or ("toy" if toy else None)
-        if "detector" in networks and not detector:
-            die("--detector DIR is needed: toy/detector knows the toy world's images only")
-        if "frechet_toy" in args.metrics and dino != "toy":
-            die(f"--metrics frechet_toy is of toy/dino's features, not of {dino}; it is for the toy world's images, or say --dino toy")
-        sources = {NETWORK[name]: path for name, path in args.metrics.items()} | dict(dino=dino, detector=detector)
-        for name, folder in (("toy_pref", "pref"), ("toy_pref_b", "pref_b"), ("toy_clip", "clip"), ("dino", "dino"), ("detector", "detector")):
-            sources[name] = str(TOY / folder) if sources.get(name) in (None, "", "toy") else sources[name]
-        results = measure(folders, args.metrics, sources, device, reference, args.masks, args.batch_size)
-    except (OSError, FloatingPointError) as e:                            # an image, a metric: the message names it
-        die(e)
-    said = {name: shown if name in networks else None for name, shown in (("dino", dino), ("detector", detector))}
-    report(results, folders, said)
+    reference = {}
+    if args.reference:
+        reference = {args.reference: read_folder(args.reference)}
+    if "toy_correct" in args.metrics:
+        check_captions(folders)
+
+    sources = choose_networks(args, {**folders, **reference})
+    metrics = list(args.metrics)
+    results = measure(folders, metrics, sources, device, reference, args.batch_size)
+    networks = {NETWORK[name] for name in metrics}
+    shown = dict(
+        dino=args.dino if "dino" in networks else None,
+        detector=args.detector if "detector" in networks else None,
+    )
+    report(results, folders, shown)
     if args.plot:
         plot(results, args.plot, steps)
     if args.out:
-        tmp = Path(args.out + ".tmp")
-        tmp.write_text(json.dumps(dict(said, first=next(iter(folders)), reference=args.reference, steps=steps, **results), indent=1) + "\n")
-        tmp.replace(args.out)
+        first = next(iter(folders))
+        content = dict(shown, first=first, reference=args.reference, steps=steps, **results)
+        write_atomically(Path(args.out), json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    launch(parse_args, main)
+    args = parse_args()
+    with readable_errors(args):
+        main(args)

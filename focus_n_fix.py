@@ -1,302 +1,574 @@
-"""Focus-N-Fix: fine-tune what was wrong, leave the rest of the image alone (Xing et al. 2025, arXiv 2501.06481).
+"""Focus-N-Fix: fix what is wrong with an image and leave the rest alone (arXiv 2501.06481).
 
-DRaFT with a regional penalty: raise the reward, and hold the tuned image to the base model's wherever the base model's had no problem.
+Xing et al. 2025. It is DRaFT with a regional penalty: we raise the reward of the whole image, and
+hold the tuned image to the base model's image wherever that one had no problem.
 
-  I0      = decode(sample(x_T, all steps))                  the base model: the same network, adapters off; no gradient, once per (prompt, x_T)
-  M       = problem_mask(map of I0)                         1 where I0 has a problem: a map above --threshold, grown by --dilate pixels
-  latents = sample(x_T, steps 0 .. T-K-1)                   the tuned model, same prompt and x_T, DDIM with eta 0; no gradient
-  I       = draft(latents)                                  its last K = --grad_steps steps and the decoder, with gradient (DRaFT-K)
-  change  = ||(1 - M) (I - I0)||_F / sqrt(values in 1 - M)  per image; free below about LEVEL: hypot(change, LEVEL) - LEVEL
-  loss    = -(r' - beta * change)                           r' of the whole image, mapped to about [0, 1]; --beta 0 is DRaFT, the paper's baseline
+  I0      = decode(sample(x_T, steps 0 .. T-1))      the base model's image, without gradient
+  M       = problem_mask(heat map of I0)             1 where I0 has a problem, else 0
+  latents = sample(x_T, steps 0 .. T-K-1)            the tuned model, from the same x_T and prompt
+  I       = draft(latents)                           its last K = --grad_steps, with gradient
+  change  = ||(1 - M) (I - I0)||_F / sqrt(n)         per image; n values lie outside the region
+  penalty = sqrt(change^2 + LEVEL^2) - LEVEL         so a change that nobody can see is free
+  loss    = -(r' - beta * penalty)                   r' is r of all of I, mapped to about [0, 1]
 
-  --region heatmap      the confidence map of --detector; reward: "artifact", minus its mean (or any other)
-  --region saliency     Grad-CAM of -r, in shares of each image's maximum, for a CLIP-like reward: where it finds what lowers r
-  --concept BAD GOOD    r = cos(image, GOOD) - cos(image, BAD), of --reward's CLIP, the prompt left out: for concepts that are unwanted
+All sampling is DDIM with eta 0. --beta 0 is DRaFT-K (Clark et al. 2024), the paper's baseline.
 
-No code was released, and only the abstract was at hand, with second-hand summaries: K = 2, rank 64 and the term itself are the paper's. Ours:
-1. change is divided by the root of the number of values it is taken over, so that beta means the same at every resolution and mask. The gradient of
-   a norm has unit length however small the norm: at the start I - I0 is the last digits of a float, and the first updates would follow them. So
-   changes well below one step of 8 bits do not count. --raw_norm is the paper's form, without either. A mask over everything leaves nothing to hold.
-2. An empty mask (nothing wrong) keeps its pair: the formula as it stands then holds the whole image. Such pairs are counted (log: empty).
-3. Pairs (prompt, x_T) come from a finite --pool, in turn; their I0 and M are made before training and kept in memory (512 px: 3 MiB a pair).
-   --pool 0 draws new pairs for every update, and samples twice.
-4. Every other value is ours too. The paper's rewards and maps are private: a detector, a CLIP and --concept stand in for them.
+  --region heatmap     the confidence map of --detector, where it is above --threshold
+  --region saliency    Grad-CAM of -r, for a CLIP-like reward: the places that lower r
+  --reward artifact    r = -(the mean confidence of --detector)
+  --concept BAD GOOD   r = cos(image, GOOD) - cos(image, BAD), with the CLIP of --reward
 
-  $ python focus_n_fix.py                                       # the toy world, artifacts; minutes on two CPU cores
-  $ python focus_n_fix.py --concept "a red star" "a blue star" --beta 3 --lr 3e-4      # the same, one object unwanted
+The authors released no code, and we had only the abstract and summaries by others. The paper's are
+K = 2, the LoRA's rank of 64 and the regional term. What is ours:
+1. We divide the norm by sqrt(n), so that beta means the same at every resolution and mask size.
+   A norm's gradient has unit length however small the norm is. At the start I - I0 is rounding
+   noise, which the first updates would follow, so changes well below one 8-bit level do not count.
+   --raw_norm is the paper's norm, without either.
+2. Where nothing is wrong the mask is empty, and the whole image is held. Such a pair still trains;
+   the log counts them as "empty". Where everything is wrong there is nothing to hold.
+3. Pairs (prompt, x_T) come in turn from a finite --pool. We make their I0 and M once, before
+   training, and keep them in memory: about 3 MiB per pair at 512 pixels. --pool 0 draws new pairs
+   for every update, and samples twice.
+4. The paper's rewards and maps are private. A detector, a CLIP and --concept stand in for them.
+
+  $ python focus_n_fix.py                               # the toy world: minutes on two CPU cores
+  $ python focus_n_fix.py --concept "a red star" "a blue star" --beta 3 --lr 3e-4
   $ python focus_n_fix.py --model sd14 --prompts captions.txt --detector detector_folder
-  $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --mode tuned --out images/focus
-
-Measured (toy, artifacts, 60 updates, three seeds; tests/claims.py focus_n_fix): at equal held-out reward the change outside is .0140, DRaFT's .0244.
+  $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --mode tuned --out images
 """
+
+import argparse
 import dataclasses
+import functools
 import math
 import sys
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (REWARDS, TOY, Parser, PickScore, Reward, Run, base_model, condition, decode, denoise, die, encode_once, generate,
-                    generator, held_out, initial_latents, launch, load_detector, load_model, load_reward, make_scheduler, merged, pick_device,
-                    print_settings, read_prompts, row_of, sample, save_grid, trainable)
+from common import TOY, base_model, condition, decode, decode_in_parts, denoise, encode_once
+from common import generator, initial_latents, load_model, make_scheduler, make_trainable, merged
+from common import pick_device, sample, scheduler_step
+from data.prompts import read_prompts
+from rewards import REWARDS, Detector, PickScore, RewardRange, load_detector, load_reward
+from rewards import split_reward
+from run_folder import Run, SettingsHelp, check_out, chosen_model, generate, held_out
+from run_folder import print_settings, readable_errors, run_name, save_grid, settings_for
 
-PAPER = {  # second-hand; SD v1.4 is its main model, SDXL its other one
+PAPER = {  # second-hand; SD 1.4 is its main model, and SDXL its other one
     "sd14": dict(grad_steps=2, lora_rank=64),
     "sdxl": dict(grad_steps=2, lora_rank=64),
 }
-OURS = {   # ours but for the two above
-    **dict.fromkeys(("sd14", "sd15", "sd21"), dict(PAPER["sd14"], train_steps=1000, batch_size=4, micro_batch=2, lr=2e-4, num_inference_steps=50,
-                                                   guidance_scale=7.5, beta=.5, dilate=20, pool=256, resolution=512)),
-    "sdxl": dict(PAPER["sdxl"], train_steps=1000, batch_size=4, micro_batch=1, lr=2e-4, num_inference_steps=50, guidance_scale=5., beta=.5, dilate=40,
-                 pool=256, resolution=1024),
-    "toy": dict(grad_steps=2, lora_rank=16, train_steps=120, batch_size=8, micro_batch=8, lr=1e-3, num_inference_steps=10, guidance_scale=4., beta=.5,
-                dilate=3, pool=128, resolution=64),
+SD = dict(
+    PAPER["sd14"], train_steps=1000, batch_size=4, micro_batch=2, resolution=512, lr=2e-4,
+    num_inference_steps=50, guidance_scale=7.5, beta=0.5, dilate=20, pool=256,
+)
+OURS = {  # ours, but for the paper's two values
+    "sd14": SD,
+    "sd15": SD,
+    "sd21": SD,
+    "sdxl": dict(
+        PAPER["sdxl"], train_steps=1000, batch_size=4, micro_batch=1, resolution=1024, lr=2e-4,
+        num_inference_steps=50, guidance_scale=5.0, beta=0.5, dilate=40, pool=256,
+    ),
+    "toy": dict(
+        grad_steps=2, lora_rank=16, train_steps=120, batch_size=8, micro_batch=8, resolution=64,
+        lr=1e-3, num_inference_steps=10, guidance_scale=4.0, beta=0.5, dilate=3, pool=128,
+        prompts=f"{TOY}/prompts_train.txt", test_prompts=f"{TOY}/prompts_test.txt",
+    ),
 }
-THRESHOLD = dict(heatmap=.2, saliency=.5)                                 # ours
-ARTIFACT = Reward(None, -1., 0.)                                          # minus the mean confidence of the detector
-LEVEL = 1 / 255                                                           # one step of an 8-bit picture
-SHOWN = 8                                                                 # held-out images in the pictures of I0 | M | I | difference
+THRESHOLD = dict(heatmap=0.2, saliency=0.5)
+ARTIFACT = RewardRange(-1.0, 0.0)  # minus a mean confidence
+LEVEL = 1 / 255  # one step of an 8-bit picture
+SHOWN = 8  # held-out images in the pictures I0 | M | I | difference
 
 
 def parse_args(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("--model", default="toy", help=f"{', '.join(OURS)}; or a diffusers folder or hub id (id@revision)")
-    row = parser.settings(argv, OURS)
-    parser.add_argument("--reward", help=f"artifact, {', '.join(REWARDS)}; name:PATH takes the weights from PATH")
-    parser.add_argument("--concept", nargs=2, metavar=("BAD", "GOOD"), help="two texts: what is unwanted, and its neutral counterpart")
-    parser.add_argument("--region", choices=("heatmap", "saliency"), help="where the problem is: see above")
-    parser.add_argument("--detector", help="artifact detector: a folder or hub id in transformers' format, or a file of weights (toy/detector on toy)")
-    parser.add_argument("--threshold", type=float, help="the problem is where the map is above: confidence, or share of the saliency's maximum")
-    parser.add_argument("--dilate", type=int, default=row["dilate"], help="pixels by which the region grows on every side")
-    parser.add_argument("--beta", type=float, default=row["beta"], help="weight of the change outside the region, against r'; 0 is DRaFT")
-    parser.add_argument("--raw_norm", action="store_true", help="the paper's norm, not divided by the root of its number of values: choose --beta anew")
-    parser.add_argument("--pool", type=int, default=row["pool"], help="pairs of prompt and noise, I0 and M made once; 0: new ones every update")
-    parser.add_argument("--prompts", help="text file, a prompt per line (toy/prompts_train.txt on toy; needed with other models)")
-    parser.add_argument("--test_prompts", help="held-out prompts, the first 16 (toy/prompts_test.txt on toy; else the last 100 of --prompts, held out)")
-    parser.add_argument("--train_steps", type=int, default=row["train_steps"], help="optimizer updates")
-    parser.add_argument("--batch_size", type=int, default=row["batch_size"], help="images per update")
-    parser.add_argument("--micro_batch", type=int, default=row["micro_batch"], help="images per gradient pass; the prefix runs on the whole batch")
-    parser.add_argument("--resolution", type=int, default=row["resolution"], help="pixels")
-    parser.add_argument("--num_inference_steps", type=int, default=row["num_inference_steps"], help="sampling steps, in training and after")
-    parser.add_argument("--guidance_scale", type=float, default=row["guidance_scale"], help="in training and after; 1 is without")
-    parser.add_argument("--grad_steps", type=int, default=row["grad_steps"], help="K, the last steps, which carry the gradient")
-    parser.add_argument("--lr", type=float, default=row["lr"], help="learning rate of AdamW")
-    parser.add_argument("--lora_rank", type=int, default=row["lora_rank"], help="LoRA rank (alpha = rank); I0 needs the adapter to turn off: at least 1")
-    parser.add_argument("--init_lora", help="start from this LoRA")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, for another forward call in the gradient step")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser's blocks")
-    parser.add_argument("--save_every", type=int, default=60, help="updates between snapshots, each with a sample grid and held-out reward")
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--out", help="run folder (runs/focus_n_fix-MODEL-REWARD)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where its last checkpoint stands")
-    first = parser.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])[0]
-    toy, region = first.model == "toy", first.region or ("saliency" if first.concept else "heatmap")
-    parser.set_defaults(region=region, threshold=THRESHOLD[region], reward="artifact" if not first.concept else "toy_clip" if toy else "clip")
-    args = parser.finish(argv, "focus_n_fix", own_rewards=("artifact",))
+    parser = argparse.ArgumentParser("focus_n_fix.py", None, __doc__, formatter_class=SettingsHelp)
+    add = parser.add_argument
+    add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
+    add("--reward", help=f"artifact (default), {', '.join(REWARDS)}; clip is the one of --concept")
+    add("--concept", nargs=2, metavar=("BAD", "GOOD"), help="an unwanted text and a neutral one")
+    add("--region", choices=tuple(THRESHOLD), help="by default heatmap; saliency with --concept")
+    add("--detector", help="artifact detector: a folder, a hub id or a file of weights")
+    add("--threshold", type=float, help="where the map is above: 0.2 for heatmap, 0.5 for saliency")
+    add("--dilate", type=int, help="pixels by which the region grows on every side")
+    add("--beta", type=float, help="weight of the change outside the region; 0 is DRaFT")
+    add("--raw_norm", action="store_true", help="the paper's norm: choose --beta anew")
+    add("--pool", type=int, help="pairs of prompt and noise; 0 draws new ones for every update")
+    add("--prompts", help="text file, one prompt per line")
+    add("--test_prompts", help="held-out prompts; without it we hold out the last of --prompts")
+    add("--train_steps", type=int, help="optimizer updates")
+    add("--batch_size", type=int, help="images per update")
+    add("--micro_batch", type=int, help="images per gradient pass, to save memory")
+    add("--resolution", type=int, help="pixels")
+    add("--num_inference_steps", type=int, help="sampling steps, in training and after")
+    add("--guidance_scale", type=float, help="in training and after; 1 is without guidance")
+    add("--grad_steps", type=int, help="K, the last steps, which carry the gradient")
+    add("--lr", type=float, help="learning rate of AdamW")
+    add("--lora_rank", type=int, help="LoRA rank (alpha = rank), at least 1")
+    add("--init_lora", help="start from this LoRA")
+    add("--checkpointing", action="store_true", help="save memory, for one more forward pass")
+    add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
+    add("--save_every", type=int, default=60, help="updates between snapshots with samples")
+    add("--seed", type=int, default=0, help="the random seed")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--out", help="run folder; by default runs/focus_n_fix-MODEL-REWARD")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
+    args = parser.parse_args(argv)
 
-    clip_like = args.reward.partition(":")[0] not in ("artifact", "imagereward")
-    if not args.prompts:
+    # These defaults depend on other flags.
+    if args.region is None:
+        args.region = "saliency" if args.concept else "heatmap"
+    if args.threshold is None:
+        args.threshold = THRESHOLD[args.region]
+    if args.reward is None and args.concept:
+        args.reward = "toy_clip" if args.model == "toy" else "clip"
+    if args.reward is None:
+        args.reward = "artifact"
+    needs_detector = args.region == "heatmap" or args.reward == "artifact"
+    if args.detector is None and needs_detector and args.model == "toy":
+        args.detector = f"{TOY}/detector"
+
+    if args.reward != "artifact":
+        split_reward(args.reward)
+    needs_clip = args.concept or args.region == "saliency"
+    if needs_clip and args.reward.partition(":")[0] in ("artifact", "imagereward"):
+        parser.error(f"--concept and --region saliency need a CLIP, unlike --reward {args.reward}")
+    if needs_detector and args.detector is None:
+        parser.error("--detector is needed; or pass --concept BAD GOOD, which needs none")
+    if args.detector is not None and not needs_detector:
+        parser.error("--detector has no use with --region saliency and this reward")
+    if args.prompts is None:
         parser.error(f"--prompts FILE is needed with --model {args.model}")
-    if not clip_like and (args.concept or args.region == "saliency"):
-        parser.error(f"--{'concept' if args.concept else 'region saliency'} needs a CLIP-like reward, {args.reward} is none: "
-                     f"--reward {', '.join(name for name in REWARDS if name != 'imagereward')}")
-    if needs := args.region == "heatmap" or args.reward == "artifact":
-        args.detector = args.detector or (str(TOY / "detector") if toy else parser.error(
-            f"--detector is needed with --model {args.model}, --region {args.region} and --reward {args.reward}; or --concept BAD GOOD"))
-    if args.detector and not needs:
-        parser.error("--detector has no part in --region saliency with this reward")
     if args.lora_rank < 1:
-        parser.error("--lora_rank 0: I0 comes from the network with its adapter off, so it takes a LoRA of rank 1 or more")
+        parser.error("--lora_rank must be 1 or more: I0 comes from the model with its LoRA off")
     if not 1 <= args.grad_steps <= args.num_inference_steps:
-        parser.error(f"--grad_steps {args.grad_steps}: 1 <= grad_steps <= num_inference_steps = {args.num_inference_steps}")
-    if not 0 <= args.threshold < 1 or args.dilate < 0 or args.pool < 0 or not 0 <= args.beta < math.inf or not 1 <= args.guidance_scale < math.inf:
-        parser.error(f"--threshold {args.threshold:g} --dilate {args.dilate} --pool {args.pool} --beta {args.beta:g} --guidance_scale "
-                     f"{args.guidance_scale:g}: threshold in [0, 1); dilate, pool and beta 0 or more; guidance 1 or more")
+        parser.error("we need 1 <= grad_steps <= num_inference_steps")
+    if not 0 <= args.threshold < 1:
+        parser.error("--threshold must be in [0, 1), like the maps that it cuts")
+    args.out = args.out or run_name("focus_n_fix", args)
+    check_out(args)
     return args
 
 
-def concept_reward(clip, bad, good):
-    """A CLIP-like reward and two texts -> the reward cos(image, good) - cos(image, bad), whatever the prompt: a product with one difference."""
-    difference = clip.text(good) - clip.text(bad)
-    if not difference.any():
-        die(f"--concept {bad!r} {good!r}: this CLIP reads both texts alike")
-    clip.texts[bad, good] = difference
-    return lambda images, prompts: clip(images, [(bad, good)] * len(images))
-
-
-def grad_cam(layer, score, images):
-    """Grad-CAM (Selvaraju et al. 2017) of a ViT: images (B, 3, H, W) -> (B, 1, H, W) in [0, 1], each image's maximum 1, or 0 all over.
-
-    score: images -> (B,). layer gives A (B, 1 + g*g, D), the tokens *entering* the last block (after its first norm): only the class token is pooled,
-    so what leaves the block has no gradient at the patches. Weights w = mean over patches of dscore/dA; the map is relu(sum over D of w A).
-    """
-    kept = []
-    with layer.register_forward_hook(lambda module, inputs, out: kept.append(out.requires_grad_())), torch.enable_grad():
-        (gradient,) = torch.autograd.grad(score(images).sum(), kept)
-    a, gradient = kept[0].detach()[:, 1:].float(), gradient[:, 1:].float()                  # without the class token
-    cam = torch.relu((gradient.mean(1, keepdim=True) * a).sum(-1))                          # (B, g*g)
-    g = round(cam.shape[1] ** .5)
-    cam = F.interpolate(cam.view(-1, 1, g, g), images.shape[2:], mode="bilinear")
-    return cam / cam.amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(cam.dtype).tiny)
-
-
-def last_norm(clip):
-    """The first norm of the last block of a CLIP-like reward's ViT: transformers' names, or open_clip's."""
-    return clip.clip.vision_model.encoder.layers[-1].layer_norm1 if isinstance(clip, PickScore) else clip.clip.visual.transformer.resblocks[-1].ln_1
-
-
-def problem_mask(heat, threshold, dilate):
-    """heat (B, 1, H, W) -> M (B, 1, H, W): 1 where it is above the threshold or within `dilate` pixels of that (in a square), else 0."""
-    return F.max_pool2d((heat > threshold).float(), 2 * dilate + 1, stride=1, padding=dilate)
-
-
-def change(images, base, where, raw=False):
-    """||where (I - I0)||_F per image (B,), over the root of the number of values in `where` (B, 1, H, W) unless raw. vector_norm's gradient is 0 at
-    I = I0, where training starts; (x ** 2).sum().sqrt()'s is NaN."""
-    norm = torch.linalg.vector_norm((where * (images - base)).flatten(1), dim=1)
-    return norm if raw else norm / (images.shape[1] * where.flatten(1).sum(1)).clamp(min=1).sqrt()
+# --------------------------------------------------------------------------------------------------
+# The loss
 
 
 def focus_loss(images, base, mask, r, beta, raw=False):
-    """-(r' - beta ||(1 - M) (I - I0)||), the mean over the batch: images I and base I0 (B, 3, H, W), mask M (B, 1, H, W), r' (B,)."""
-    outside = change(images, base, 1 - mask, raw)
-    stats = dict(outside=outside.detach(), inside=change(images.detach(), base, mask, raw), area=mask.mean((1, 2, 3)))
-    penalty = outside if raw else torch.hypot(outside, torch.full_like(outside, LEVEL)) - LEVEL
-    return (beta * penalty - r).mean(), stats
+    """-(r' - beta * penalty), the mean over the batch.
+
+    images  I, what the tuned model makes: (B, 3, H, W) in [0, 1]
+    base    I0, what the base model makes of the same prompt and x_T: (B, 3, H, W) in [0, 1]
+    mask    M, 1 where I0 has a problem and the image may change, else 0: (B, 1, H, W)
+    r       r', the reward of all of I, mapped to about [0, 1]: (B,)
+    beta    the weight of a change outside the region, against r'
+    raw     the paper's own penalty, the plain norm
+    """
+    penalty = change(images, base, 1 - mask, raw)
+    if not raw:
+        # For large changes hypot is the change itself, but at 0 it is flat. LEVEL is where it
+        # bends: one step of an 8-bit picture.
+        penalty = torch.hypot(penalty, torch.full_like(penalty, LEVEL)) - LEVEL
+    return (beta * penalty - r).mean()
 
 
-@torch.no_grad()
-def before(model, scheduler, noise, prompts, guidance_scale, region):
-    """What the base model makes of x_T (B, C, h, w): I0 (B, 3, H, W), and M (B, 1, H, W) by region(images, prompts)."""
-    with base_model(model):
-        latents = sample(model, scheduler, noise, condition(model, prompts), 0, len(scheduler.timesteps), None, guidance_scale,
-                         condition(model, [None] * len(prompts)))
-    base = decode(model, latents)
-    return base, region(base, prompts)
+def change(images, base, where, raw=False):
+    """||where (I - I0)||_F per image (B,), divided by the root of its number of values unless raw.
+
+    where: (B, 1, H, W), 1 at the pixels that count and 0 at the others.
+    """
+    difference = where * (images - base)
+    # At I = I0, where training starts, vector_norm has gradient 0. A root of a sum has NaN there.
+    norm = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    if raw:
+        return norm
+    num_values = images.shape[1] * where.flatten(1).sum(1)
+    return norm / num_values.clamp(min=1).sqrt()
+
+
+# --------------------------------------------------------------------------------------------------
+# Regions, and the rewards that go with them
+
+
+def problem_mask(heat, threshold, dilate):
+    """A map (B, 1, H, W) -> M (B, 1, H, W): 1 where it is above the threshold, else 0.
+
+    The ones grow by `dilate` pixels on every side.
+    """
+    above = (heat > threshold).float()
+    return F.max_pool2d(above, 2 * dilate + 1, stride=1, padding=dilate)
+
+
+def grad_cam(layer, score, images):
+    """Grad-CAM (Selvaraju et al. 2017) of a ViT: images (B, 3, H, W) -> maps (B, 1, H, W).
+
+    The map is relu(sum over D of w A), where A (B, 1 + g * g, D) is the output of `layer` and w the
+    mean of dscore/dA over the patches. Each map is divided by its maximum, so it lies in [0, 1].
+    score: images -> (B,). layer: the first norm of the last block, so A is what enters the block.
+    Only the class token is pooled, so the patches that leave the block have no gradient.
+    """
+    kept = []
+
+    def keep_output(module, inputs, output):
+        kept.append(output.requires_grad_())
+
+    with layer.register_forward_hook(keep_output), torch.enable_grad():
+        (gradient,) = torch.autograd.grad(score(images).sum(), kept)
+    # The first token is the class token, which has no place in the image.
+    activation = kept[0].detach()[:, 1:].float()
+    weight = gradient[:, 1:].float().mean(1, keepdim=True)
+    cam = torch.relu((weight * activation).sum(-1))  # (B, g * g)
+    grid = round(cam.shape[1] ** 0.5)
+    cam = F.interpolate(cam.view(-1, 1, grid, grid), images.shape[2:], mode="bilinear")
+    # A map that is 0 everywhere stays so.
+    maximum = cam.amax((1, 2, 3), keepdim=True)
+    return cam / maximum.clamp(min=torch.finfo(cam.dtype).tiny)
+
+
+def last_norm(clip):
+    """The first norm of the last block in the image tower of a CLIP-like reward."""
+    if isinstance(clip, PickScore):
+        return clip.clip.vision_model.encoder.layers[-1].layer_norm1
+    return clip.clip.visual.transformer.resblocks[-1].ln_1
+
+
+@dataclass
+class Region:
+    """Where images have a problem: region(images, prompts) -> M (B, 1, H, W).
+
+    With a detector it is the detector's confidence map, else the saliency of -reward.
+    """
+
+    threshold: float
+    dilate: int
+    detector: Detector = None
+    clip: object = None  # the CLIP-like reward that `reward` is computed with
+    reward: object = None
+
+    def __call__(self, images, prompts):
+        if self.detector is not None:
+            heat = self.detector(images)[:, None]
+            heat = F.interpolate(heat, images.shape[2:], mode="bilinear")
+        else:
+            heat = self.saliency(images, prompts)
+        return problem_mask(heat, self.threshold, self.dilate)
+
+    def saliency(self, images, prompts):
+        """Grad-CAM of -r: it is high where the image has what lowers r."""
+
+        def negative_reward(images):
+            return -self.reward(images, prompts)
+
+        return grad_cam(last_norm(self.clip), negative_reward, images)
+
+
+def artifact_reward(detector):
+    """A detector -> the reward r = -(its mean confidence), whatever the prompt."""
+
+    def reward(images, prompts):
+        return -detector(images).mean((1, 2))
+
+    return reward
+
+
+def concept_reward(clip, bad, good):
+    """A CLIP and two texts -> the reward cos(image, good) - cos(image, bad), without the prompt."""
+    # Both cosines are products with the image, so their difference is one product with this.
+    difference = clip.text(good) - clip.text(bad)
+    if not difference.any():
+        sys.exit(f"--concept {bad!r} {good!r}: this CLIP cannot tell the two texts apart")
+    # The CLIP looks up the features of a text by its name: we file ours under the pair.
+    clip.texts[bad, good] = difference
+
+    def reward(images, prompts):
+        return clip(images, [(bad, good)] * len(images))
+
+    return reward
+
+
+# --------------------------------------------------------------------------------------------------
+# DRaFT, and the pairs that it is held to
 
 
 def draft(model, scheduler, latents, cond, guidance_scale, uncond, grad_steps):
-    """DRaFT-K (Clark et al. 2024): the last K DDIM steps with gradient, latents (B, C, h, w) -> images (B, 3, H, W); and a dict that the backward
-    pass fills: timestep -> ||dloss/dnoise_pred||^2. An epsilon model's last step, t = 1, hardly moves the image: there one sees it."""
-    squares = {}
+    """DRaFT-K: the last K DDIM steps with gradient, latents (B, C, h, w) -> images (B, 3, H, W).
+
+    Also returns the K noise predictions. They keep their gradients, so that the log can show how
+    much each step learns: the last one, at t = 1, hardly moves the image of an epsilon model.
+    """
+    noise_preds = []
     for t in scheduler.timesteps[-grad_steps:]:
         noise_pred = denoise(model, latents, t, cond, guidance_scale, uncond)
-        noise_pred.register_hook(lambda g, t=t.item(): squares.update({t: g.square().sum()}))
-        latents = scheduler.step(noise_pred, t, latents, eta=0.).prev_sample
-    return decode(model, latents), squares
+        noise_pred.retain_grad()
+        noise_preds.append(noise_pred)
+        latents = scheduler_step(scheduler, noise_pred, t, latents, None)
+    return decode(model, latents), noise_preds
 
 
-def compare(run, prompts, sampler, base, mask, step):
-    """Held-out images beside the base model's: samples/region_*.png holds I0 | M | I | 3 |I - I0|, a row a prompt. Returns test_outside and
-    test_inside, the change as in the loss's default form."""
-    images = generate(run.model, prompts, run.args.seed, sampler, purpose="held-out")
-    rows = torch.stack([base, mask.expand_as(base), images, 3 * (images - base).abs()], 1).flatten(0, 1)
-    save_grid(rows, run.dir / "samples" / f"region_{step:06d}.png", columns=4)
-    return dict(test_outside=change(images, base, 1 - mask).mean().item(), test_inside=change(images, base, mask).mean().item())
+@torch.no_grad()
+def base_and_mask(model, scheduler, guidance_scale, region, micro_batch, noise, prompts):
+    """What the base model makes of x_T (B, C, h, w) -> I0 (B, 3, H, W), M (B, 1, H, W), on the CPU.
+
+    The base model is the same network with its LoRA off, so I0 is exact.
+    """
+    cond = condition(model, prompts)
+    uncond = condition(model, [None] * len(prompts))
+    num_steps = len(scheduler.timesteps)
+    with base_model(model):
+        latents = sample(model, scheduler, noise, cond, 0, num_steps, None, guidance_scale, uncond)
+    base = decode_in_parts(model, latents, micro_batch)
+    mask = region(base.to(model.device), prompts)
+    return base, mask.cpu()
+
+
+class Pool:
+    """The pairs (prompt, x_T) of a run, with I0 and M of each. They depend on (seed, pair) alone.
+
+    make_base: (noise, prompts) -> I0, M. size: pair k comes again as pair k + size; 0 means never.
+    """
+
+    def __init__(self, model, prompts, seed, size, make_base):
+        self.model = model
+        self.prompts = prompts
+        self.seed = seed
+        self.size = size
+        self.make_base = make_base
+        self.base = []  # I0 of each pair, on the CPU
+        self.mask = []  # M of each pair, on the CPU
+
+    def fill(self, num_pairs, batch_size):
+        """Makes I0 and M of the first pairs. It is needed once, before the first batch."""
+        for first in tqdm(range(0, num_pairs, batch_size), desc="I0 and M of the pool"):
+            pairs = range(first, min(first + batch_size, num_pairs))
+            base, mask = self.make_base(self.draw_noise(pairs), self.draw_prompts(pairs))
+            self.base.extend(base)
+            self.mask.extend(mask)
+
+    def batch(self, first, batch_size):
+        """Pairs first .. first + batch_size - 1 -> prompts, and on the device x_T, I0 and M."""
+        pairs = range(first, first + batch_size)
+        if self.size:
+            pairs = [pair % self.size for pair in pairs]
+        prompts = self.draw_prompts(pairs)
+        noise = self.draw_noise(pairs)
+        if self.size:
+            base = torch.stack([self.base[pair] for pair in pairs])
+            mask = torch.stack([self.mask[pair] for pair in pairs])
+        else:
+            base, mask = self.make_base(noise, prompts)
+        return prompts, noise, base.to(self.model.device), mask.to(self.model.device)
+
+    def draw_prompts(self, pairs):
+        prompts = []
+        for pair in pairs:
+            draw = generator(self.seed, "prompt", pair)
+            pick = torch.randint(len(self.prompts), (), generator=draw)
+            prompts.append(self.prompts[pick])
+        return prompts
+
+    def draw_noise(self, pairs):
+        return initial_latents(self.model, [generator(self.seed, "train", pair) for pair in pairs])
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def read_both_prompts(args):
+    """-> the training prompts, and 16 held-out ones."""
+    train_prompts = read_prompts(args.prompts)
+    if args.test_prompts:
+        return train_prompts, read_prompts(args.test_prompts)[:16]
+    if len(train_prompts) <= 100:
+        sys.exit("--test_prompts FILE is needed: --prompts has too few to hold out its last 100")
+    return train_prompts[:-100], train_prompts[-100:][:16]
+
+
+def load_judges(args, device):
+    """-> reward, its range, and the region, all frozen on the device."""
+    detector = load_detector(args.detector, device) if args.detector else None
+    clip = None
+    if args.reward == "artifact":
+        reward = artifact_reward(detector)
+        reward_range = ARTIFACT
+    else:
+        reward, reward_range = load_reward(args.reward, device)
+        clip = reward
+    if args.concept:
+        reward = concept_reward(clip, *args.concept)
+        # A difference of two scores lies around 0.
+        reward_range = dataclasses.replace(reward_range, low=-reward_range.high, shift=0.0)
+    if args.region == "heatmap":
+        region = Region(args.threshold, args.dilate, detector)
+    else:
+        region = Region(args.threshold, args.dilate, clip=clip, reward=reward)
+    return reward, reward_range, region
+
+
+def compare(run, model, prompts, base, mask, step):
+    """Draws held-out images beside the base model's -> their change outside and inside the region.
+
+    samples/region_*.png holds I0 | M | I | 3 |I - I0|, one row per prompt.
+    """
+    images = generate(
+        model,
+        prompts,
+        run.args.seed,
+        run.sampler,
+        micro_batch=run.args.micro_batch,
+        purpose="held-out",
+    )
+    columns = [base, mask.expand_as(base), images, 3 * (images - base).abs()]
+    pictures = torch.stack(columns, 1).flatten(0, 1)
+    save_grid(pictures, run.dir / "samples" / f"region_{step:06d}.png", columns=len(columns))
+    outside = change(images, base, 1 - mask).mean().item()
+    inside = change(images, base, mask).mean().item()
+    return dict(test_outside=outside, test_inside=inside)
 
 
 def main(args):
+    train_prompts, test_prompts = read_both_prompts(args)
     device = pick_device(args.device)
     model = load_model(args.model, device, args.resolution)
     args.resolution = model.resolution
-    detector = load_detector(args.detector, device) if args.detector else None
-    if args.reward == "artifact":
-        reward, row = lambda images, prompts: -detector(images).mean((1, 2)), ARTIFACT
-    else:
-        clip, row = load_reward(args.reward, device)
-        reward = concept_reward(clip, *args.concept) if args.concept else clip
-        row = dataclasses.replace(row, low=-row.high, shift=0.) if args.concept else row
-    train_prompts = read_prompts(args.prompts)
-    if args.test_prompts:
-        test_prompts = read_prompts(args.test_prompts)[:16]
-    elif len(train_prompts) > 100:
-        train_prompts, test_prompts = train_prompts[:-100], train_prompts[-100:][:16]
-    else:
-        die(f"--test_prompts FILE is needed: the last 100 of --prompts would be held out, and {args.prompts} has {len(train_prompts)}")
+    reward, reward_range, region = load_judges(args, device)
     encode_once(model, train_prompts + test_prompts)
 
-    def region(images, prompts):
-        heat = (F.interpolate(detector(images)[:, None], images.shape[2:], mode="bilinear") if args.region == "heatmap" else
-                grad_cam(last_norm(clip), lambda images: -reward(images, prompts), images))
-        return problem_mask(heat, args.threshold, args.dilate)
+    params = make_trainable(
+        model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora
+    )
+    num_params = sum(p.numel() for p in params)
+    # The optimizer's settings are ours: the paper's are not known to us.
+    optimizer = torch.optim.AdamW(
+        params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.1, fused=True
+    )
 
-    params = trainable(model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora)
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(.9, .999), eps=1e-15, weight_decay=.1, fused=True)       # ours
-    scheduler = make_scheduler(model, "ddim", args.num_inference_steps)
-    sampler = dict(scheduler="ddim", eta=0., num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
-    run = Run(args, sampler, model)
-    print_settings(args, row_of(PAPER, args.model), params)
+    sampler = dict(scheduler="ddim", eta=0.0)
+    sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
+    make_base = functools.partial(
+        base_and_mask, model, scheduler, args.guidance_scale, region, args.micro_batch
+    )
+
+    # The base model's own images of a few held-out prompts, to compare the tuned ones with.
     shown = test_prompts[:SHOWN]
-    noise = initial_latents(model, [generator(args.seed, "held-out", i, 0) for i in range(len(shown))])
-    test_base, test_mask = (x.cpu() for x in before(model, scheduler, noise, shown, args.guidance_scale, region))
-    if args.resume:
-        run.resume(params, optimizer)
-    else:
-        print(f"held-out {args.reward} before: {held_out(run, reward, test_prompts, sampler, 0):.4f} (known range {row.low:g} to {row.high:g})")
-        compare(run, shown, sampler, test_base, test_mask, 0)
+    noise_generators = [generator(args.seed, "held-out", i, 0) for i in range(len(shown))]
+    test_base, test_mask = make_base(initial_latents(model, noise_generators), shown)
 
-    def prompt_of(pair):
-        return train_prompts[torch.randint(len(train_prompts), (), generator=generator(args.seed, "prompt", pair))]
+    run = Run(args, model.source, sampler)
+    print_settings(args, PAPER, params)
+    if run.resume(params, optimizer) is None:
+        before = held_out(run, model, reward, test_prompts, step=0)
+        print(f"held-out {args.reward} before: {before:.4f}")
+        print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
+        compare(run, model, shown, test_base, test_mask, step=0)
 
-    def noise_of(pairs):
-        return initial_latents(model, [generator(args.seed, "train", pair) for pair in pairs])
+    # Make I0 and M of the pool once. A short run does not need all of it.
+    pool = Pool(model, train_prompts, args.seed, args.pool, make_base)
+    if args.pool:
+        pool.fill(min(args.pool, args.train_steps * args.batch_size), args.batch_size)
+        areas = torch.stack([mask.mean() for mask in pool.mask])
+        num_empty = (areas == 0).sum()
+        num_full = (areas == 1).sum()
+        print(f"{len(areas)} pairs: the region is {areas.mean():.1%} of I0")
+        print(f"  nothing is wrong in {num_empty} of them, everything in {num_full}")
 
-    cache = {}                                                            # pair -> I0, M on the CPU
-    for i in tqdm(range(0, min(args.pool, args.train_steps * args.batch_size), args.batch_size), desc="I0 and M of the pool"):
-        pairs = list(range(i, min(i + args.batch_size, args.pool)))
-        made = before(model, scheduler, noise_of(pairs), [prompt_of(pair) for pair in pairs], args.guidance_scale, region)
-        cache |= {pair: (base, mask) for pair, base, mask in zip(pairs, *(x.cpu() for x in made))}
-    if cache:
-        areas = torch.stack([mask.mean() for _, mask in cache.values()])
-        print(f"{len(cache)} pairs: the region is {areas.mean():.1%} of I0; nothing is wrong in {(areas == 0).sum()}, everything in {(areas == 1).sum()}")
+    prefix = args.num_inference_steps - args.grad_steps
+    last_timesteps = scheduler.timesteps[prefix:].tolist()
 
-    for step in (bar := tqdm(range(run.start + 1, args.train_steps + 1), initial=run.start, total=args.train_steps, desc="focus_n_fix")):
-        start = time.time()
-        pairs = range((step - 1) * args.batch_size, step * args.batch_size)
-        pairs = [pair % args.pool for pair in pairs] if args.pool else list(pairs)
-        prompts, noise = [prompt_of(pair) for pair in pairs], noise_of(pairs)
-        if args.pool:
-            base, mask = (torch.stack(x).to(device) for x in zip(*(cache[pair] for pair in pairs)))
-        else:
-            base, mask = before(model, scheduler, noise, prompts, args.guidance_scale, region)
-        cond, uncond, prefix = condition(model, prompts), condition(model, [None] * len(prompts)), args.num_inference_steps - args.grad_steps
+    steps = range(run.start + 1, args.train_steps + 1)
+    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc="focus_n_fix")
+    for step in progress:
+        started = time.time()
+
+        # Take the next pairs in turn, with what the base model makes of them.
+        first = (step - 1) * args.batch_size
+        prompts, noise, base, mask = pool.batch(first, args.batch_size)
+
+        # Denoise the same noise with the tuned model up to its last K steps, the whole batch at
+        # once and without gradient.
+        cond = condition(model, prompts)
+        uncond = condition(model, [None] * len(prompts))
         with merged(model):
-            latents = sample(model, scheduler, noise, cond, 0, prefix, None, args.guidance_scale, uncond)
+            latents = sample(
+                model, scheduler, noise, cond, 0, prefix, None, args.guidance_scale, uncond
+            )
 
-        total, rewards, parts, squares = 0., [], [], dict.fromkeys(scheduler.timesteps[prefix:].tolist(), 0.)
+        # Take the last steps with gradient, raise the reward and hold the rest of the image, a
+        # micro-batch at a time. Each micro-batch's mean counts by its share of the batch.
+        total_loss = 0.0
+        rewards = []
+        outside = []
+        inside = []
+        squared_grads = dict.fromkeys(last_timesteps, 0.0)
         for i in range(0, args.batch_size, args.micro_batch):
-            part, here = prompts[i:i + args.micro_batch], slice(i, i + args.micro_batch)
-            images, own = draft(model, scheduler, latents[here], condition(model, part), args.guidance_scale, condition(model, [None] * len(part)),
-                                args.grad_steps)
-            r = reward(images, part)
-            loss, stats = focus_loss(images, base[here], mask[here], (r - row.shift) / row.scale, args.beta, args.raw_norm)
-            loss = loss * len(part) / args.batch_size
+            part = slice(i, i + args.micro_batch)
+            cond = condition(model, prompts[part])
+            uncond = condition(model, [None] * len(prompts[part]))
+            images, noise_preds = draft(
+                model, scheduler, latents[part], cond, args.guidance_scale, uncond, args.grad_steps
+            )
+            r = reward(images, prompts[part])
+            r_mapped = (r - reward_range.shift) / reward_range.scale
+            loss = focus_loss(images, base[part], mask[part], r_mapped, args.beta, args.raw_norm)
+            loss = loss * len(r) / args.batch_size
             loss.backward()
-            total, rewards, parts = total + loss.detach(), rewards + [r.detach()], parts + [stats]
-            squares = {t: squares[t] + own[t] for t in squares}
+            total_loss += loss.detach()
+            rewards.append(r.detach())
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()                        # ours
-        if not (skipped := run.skips(step, grad_norm, total)):            # NaN or Inf never reaches the weights
+            # For the log: how far the images moved, and how much each step learns.
+            images = images.detach()
+            outside.append(change(images, base[part], 1 - mask[part], args.raw_norm))
+            inside.append(change(images, base[part], mask[part], args.raw_norm))
+            for t, noise_pred in zip(last_timesteps, noise_preds):
+                squared_grads[t] += noise_pred.grad.square().sum()
+
+        # Update the weights, clipped at norm 1. A gradient with NaN or Inf never reaches them.
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
             optimizer.step()
+        else:
+            run.skip(step)
         optimizer.zero_grad(set_to_none=True)
-        stats = dict(loss=total.item(), reward=torch.cat(rewards).mean().item(), grad_norm=grad_norm,
-                     grad_rms=grad_norm / sum(p.numel() for p in params) ** .5, skipped=skipped, seconds=time.time() - start)
-        stats |= {k: torch.cat([s[k] for s in parts]).mean().item() for k in ("outside", "inside", "area")}
-        stats |= dict(empty=int((mask.amax((1, 2, 3)) == 0).sum()), grad_by_t={t: float(f"{s.sqrt():.4g}") for t, s in squares.items()})
-        if step % args.save_every == 0 or step == args.train_steps:
-            stats["test_reward"] = held_out(run, reward, test_prompts, sampler, step)
-            stats |= compare(run, shown, sampler, test_base, test_mask, step)
-        run.log(step=step, **stats)
-        bar.set_postfix(loss=f"{stats['loss']:.2e}", reward=f"{stats['reward']:.3f}", outside=f"{stats['outside']:.3f}")
-        if "test_reward" in stats:
-            run.save(step, params, optimizer)
 
-    after = stats["test_reward"] if run.start < args.train_steps else held_out(run, reward, test_prompts, sampler, args.train_steps)
+        # Log the update, with samples of held-out prompts at every snapshot.
+        area = mask.mean((1, 2, 3))
+        stats = dict(
+            loss=total_loss.item(),
+            reward=torch.cat(rewards).mean().item(),
+            grad_norm=grad_norm,
+            grad_rms=grad_norm / num_params**0.5,
+            outside=torch.cat(outside).mean().item(),
+            inside=torch.cat(inside).mean().item(),
+            area=area.mean().item(),
+            empty=int((area == 0).sum()),
+            grad_by_t={t: float(f"{s.sqrt():.4g}") for t, s in squared_grads.items()},
+            skipped=None if is_finite else True,
+            seconds=time.time() - started,
+        )
+        is_snapshot = step % args.save_every == 0 or step == args.train_steps
+        if is_snapshot:
+            stats["test_reward"] = held_out(run, model, reward, test_prompts, step)
+            stats.update(compare(run, model, shown, test_base, test_mask, step))
+        run.log(step, **stats)
+        progress.set_postfix(loss=f"{stats['loss']:.2e}", reward=f"{stats['reward']:.3f}")
+
+        # Save the weights for the user, and a checkpoint to resume from.
+        if is_snapshot:
+            run.save(step, model, params, optimizer)
+
+    after = run.read_log()[-1]["test_reward"]
     print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
 
 
 if __name__ == "__main__":
-    launch(parse_args, main)
+    args = parse_args()
+    with readable_errors(args):
+        main(args)

@@ -12,14 +12,17 @@ line in REWARDS. Weights that are missing or do not fit are an error, never rand
 
 import json
 import os
+import pickle
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torchvision.transforms import InterpolationMode
 from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, BertTokenizer
@@ -35,6 +38,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and MPS are built on it
+# What the libraries raise if a file of weights is missing, damaged or made for another network.
+UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,8 @@ def load_reward(spec, device):
     name, path = split_reward(spec)
     try:
         return build_reward(name, path, device), REWARDS[name]
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
-        sys.exit(f"--reward {spec}: cannot load its weights. {type(error).__name__}: {error}")
+    except UNREADABLE as error:
+        sys.exit(f"--reward {spec}: cannot load its weights. {explain(error)}")
 
 
 def split_reward(spec):
@@ -121,8 +126,11 @@ def read_weights(path):
     """A .safetensors file, or a torch checkpoint of plain tensors -> {name: tensor}."""
     if str(path).endswith(".safetensors"):
         return load_file(path)
-    # weights_only: a checkpoint that carries code is refused, never run.
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        # weights_only: a checkpoint that carries code is refused, never run.
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is no checkpoint of plain tensors; we run no code") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
@@ -130,8 +138,16 @@ def read_weights(path):
     return state
 
 
-def load_complete(model_class, source, **options):
-    """from_pretrained in fp32, frozen and in eval mode; every weight must come from the files."""
+def explain(error):
+    """An error in one line of at most 400 characters: libraries list every tensor."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+
+
+def load_complete(model_class, source, unused=(), **options):
+    """from_pretrained in fp32, frozen and in eval mode; every weight must come from the files.
+
+    unused: how the names of weights begin that the files may hold for a part we do not build.
+    """
     repo, revision = split_revision(source) if source is not None else (None, None)
     net, report = model_class.from_pretrained(
         repo,
@@ -140,14 +156,15 @@ def load_complete(model_class, source, **options):
         output_loading_info=True,
         **{"dtype": torch.float32, **options},
     )
-    check_complete(report, model_class.__name__)
+    check_complete(report, model_class.__name__, unused)
     return net.eval().requires_grad_(False)
 
 
-def check_complete(report, name):
+def check_complete(report, name, unused=()):
     """Raises ValueError if transformers would have put random numbers into a weight."""
-    wrong = report["missing_keys"] | report["unexpected_keys"]
-    wrong |= {key for key, *_ in report["mismatched_keys"]}
+    unexpected = {key for key in report["unexpected_keys"] if not key.startswith(tuple(unused))}
+    mismatched = {key for key, *_ in report["mismatched_keys"]}
+    wrong = report["missing_keys"] | unexpected | mismatched
     # A table of position numbers is no weight; some versions of transformers save it.
     wrong = {key for key in wrong if not key.endswith("position_ids")}
     if wrong:
@@ -454,12 +471,12 @@ class MPS:
         tokens, end = tokens[order], end[order]
         closeness = (tokens @ self.condition.T).amax(-1)  # (B, 77), to the condition
         mask = (closeness / closeness.amax(1, keepdim=True) > 0.01)[:, None, None]
-        pixels = preprocess(images, self.size, CLIP_MEAN, CLIP_STD)
+        pixels = preprocess(images, self.size, CLIP_MEAN, CLIP_STD, floor_crop=True)
         # We take the image tokens before the last norm: (B, 257, D).
         x = self.clip.visual_projection(self.clip.vision_model(pixels).last_hidden_state)
         for cross, own in self.layers:
-            x = x + cross_layer(x, tokens, mask, *cross)
-            x = x + self_layer(x, head_width=len(cross[2]) // 2, *own)
+            x = cross_layer(x, tokens, mask, *cross)
+            x = self_layer(x, head_width=len(cross[2]) // 2, *own)
         return self.clip.logit_scale.exp() * F.cosine_similarity(end, x[:, 0], dim=-1)
 
 
@@ -468,7 +485,7 @@ def cross_layer(x, tokens, mask, norm, to_q, to_kv, to_out, ff_up, ff_down):
     h = F.layer_norm(x, norm.shape, norm)
     k, v = (tokens @ to_kv.T).chunk(2, -1)
     attention = attend(h @ to_q.T, k, v, mask)
-    return attention @ to_out.T + swiglu(h @ ff_up.T) @ ff_down.T
+    return x + attention @ to_out.T + swiglu(h @ ff_up.T) @ ff_down.T
 
 
 def self_layer(x, norm, fused, attn_out, ff_out, head_width):
@@ -478,7 +495,7 @@ def self_layer(x, norm, fused, attn_out, ff_out, head_width):
     q_width = len(fused) - 2 * head_width - ff_width
     q, k, v, ff = (h @ fused.T).split([q_width, head_width, head_width, ff_width], -1)
     attention = attend(rotate(q, head_width), rotate(k, head_width), v)
-    return attention @ attn_out.T + swiglu(ff) @ ff_out.T
+    return x + attention @ attn_out.T + swiglu(ff) @ ff_out.T
 
 
 def attend(q, k, v, mask=None):
@@ -616,8 +633,8 @@ def load_detector(source, device):
             net = load_complete(AutoModelForSemanticSegmentation, source, trust_remote_code=False)
             size = processor["size"]["height"]
             detector = Detector(net, size, processor["image_mean"], processor["image_std"])
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
-        sys.exit(f"--detector {source}: cannot load its weights. {type(error).__name__}: {error}")
+    except UNREADABLE as error:
+        sys.exit(f"--detector {source}: cannot load its weights. {explain(error)}")
     if detector.net.config.num_labels != 1:
         num_classes = detector.net.config.num_labels
         sys.exit(f"--detector {source}: it has {num_classes} classes; a detector has one")

@@ -228,7 +228,7 @@ def check_folder(out, names):
         leftover.unlink()
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -240,8 +240,10 @@ def main(argv=None):
     add("--resolution", type=int, default=512, help="side in pixels; default: 512")
     add("--cache", help="folder for downloads; default: COCO_CACHE or ~/.cache/coco2017")
     add("--base", help=f"address to download from; default: COCO_BASE or {BASE}")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(args):
     # A folder that we cannot make is an error before the long download, not after it.
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -280,6 +282,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main()
+        main(parse_args())
     except OSError as error:
         sys.exit(str(error))

@@ -188,14 +188,18 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Small files that many tests use, as paths (strings):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(root):
+    """Writes small files that many tests use -> their paths (strings):
 
     sd, sd_v, sdxl, flux, flux_dev   tiny random models
     prompts, one                     text files with the four PROMPTS, and with the first of them
     images                           a folder with four random images of 16 x 16 pixels
     items                            D-Fusion's JSON with one prompt, two items and thresholds
+    labelled                         six random images with random maps, in DiffDoctor's format
     """
-    root = tmp_path_factory.mktemp("world")
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     (root / "one.txt").write_text(PROMPTS[0] + "\n")
     (root / "images").mkdir()
@@ -218,7 +222,77 @@ def world(tmp_path_factory):
         one=str(root / "one.txt"),
         images=str(root / "images"),
         items=str(root / "items.json"),
+        labelled=write_labelled(root / "labelled"),
     )
+
+
+def write_labelled(folder):
+    """Six images of 64 x 64 pixels with maps: four to train on, two to test -> the folder."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "maps").mkdir()
+    lines = []
+    for i in range(6):
+        draw = generator(0, "labelled", i)
+        to_pil(torch.rand(3, 64, 64, generator=draw)).save(folder / "images" / f"{i}.png")
+        wrong = (torch.rand(1, 64, 64, generator=draw) < 0.5).float()
+        to_pil(wrong.expand(3, -1, -1)).convert("L").save(folder / "maps" / f"{i}.png")
+        row = dict(file_name=f"{i}.png", category="", source="human")
+        row["split"] = "train" if i < 4 else "test"
+        lines.append(json.dumps(row) + "\n")
+    (folder / "meta.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# A short command line of every script that trains
+
+
+def training_commands(world):
+    """{name: (module, words)}: four updates on the tiny model, with a checkpoint every two."""
+    import dfusion_dpo
+    import diffdoctor
+    import focus_n_fix
+    import imagerefl
+    import refl
+
+    four = ["--train_steps", 4, "--save_every", 2, "--device", "cpu"]
+    model = ["--model", world.sd, "--num_inference_steps", 4, "--lora_rank", 4, "--lr", 1e-3]
+    prompts = ["--prompts", world.prompts, "--test_prompts", world.one]
+    batch = ["--batch_size", 2, "--micro_batch", 2]
+    detector = ["--detector", ROOT / "toy" / "detector"]
+    late = ["--first_mid", 2, "--last_mid", 3]
+    reward = ["--reward", "toy_pref"]
+    usual = [*model, *four, *batch, *prompts]
+    # The early stopping must not end these runs.
+    go_on = ["--max_drift", 99, "--patience", 99]
+    return {
+        "refl": (refl, [*usual, *late, *reward]),
+        "imagerefl": (
+            imagerefl,
+            [*usual, *late, *reward, "--data", world.images, "--start", 1],
+        ),
+        "focus_n_fix": (
+            focus_n_fix,
+            [*usual, *detector, "--pool", 4, "--reward", "artifact"],
+        ),
+        "treat": (
+            diffdoctor,
+            ["treat", *usual, *detector, *reward, "--data", world.images, *go_on],
+        ),
+        "detector": (
+            diffdoctor,
+            ["detector", "--data", world.labelled, "--real", ROOT / "toy" / "images", *four]
+            + ["--batch_size", 4],
+        ),
+        "dfusion_dpo": (
+            dfusion_dpo,
+            [*model, *four, "--images_per_prompt", 4, "--batch_size", 4, "--micro_batch", 4]
+            + ["--reward", "toy_clip", "--prompts", world.items],
+        ),
+    }
+
+
+SCRIPTS_THAT_TRAIN = ("refl", "imagerefl", "focus_n_fix", "treat", "detector", "dfusion_dpo")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Kills training runs with SIGKILL at random moments, and compares what --resume makes of them with a run that nobody disturbed: weights, samples,
-log without its times, checkpoint, bit for bit.
+"""Kills training runs with SIGKILL at random moments, and compares what --resume makes of them with
+a run that nobody disturbed: weights, samples, log without its times and checkpoint, bit for bit.
 
-  $ python tests/kills.py --kills 20                            # every training script: a line each, "20 of 20 kills survived"
+  $ python tests/kills.py --kills 20                 # every training script, one line each
   $ python tests/kills.py --kills 20 --seed 1 refl treat
 
-A run is a fork of this process, in which libraries, model, reward and detector are loaded already: seconds, not a minute. Half of the kills come at a
-file operation in the run folder (the n-th one: files being opened, made, renamed, removed), half after a share of the run's time.
+A run is a fork of this process, in which libraries, model and judges are loaded already, so it takes
+seconds. Half of the kills come at the n-th file operation in the run folder, while files are opened,
+made, renamed or removed. The other half come after a random share of the run's time.
 """
+
 import argparse
 import json
 import os
@@ -18,166 +20,169 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from conftest import SCRIPTS_THAT_TRAIN, make_world, run_script, training_commands
 
-import diffdoctor
-import dfusion_dpo
-import focus_n_fix
-import imagerefl
-import refl
-import tiny
-from common import TOY, launch, load_detector, load_model, load_reward
-
-FILES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")        # audit events
-SCRIPTS = dict(refl=refl, imagerefl=imagerefl, focus_n_fix=focus_n_fix, treat=diffdoctor, detector=diffdoctor, dfusion_dpo=dfusion_dpo)
-PROMPTS = ["a red circle", "a blue square above a green circle", "a yellow triangle", "a purple square"]
+FILE_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")  # audit events
 
 
-def world(root):
-    """Writes a tiny model, prompts and labels -> {script: its command line}. Four updates, a checkpoint every two."""
-    model = tiny.write(root / "sd")
-    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    (root / "one.txt").write_text("a red star\n")
-    rows = [dict(prompt="a red circle above a blue square", items=["circle", "blue square"], thresholds=[.08, .08])]
-    (root / "items.json").write_text(json.dumps({"first": dict(train=rows, test=["a red star"])}))
-    (root / "labelled" / "images").mkdir(parents=True), (root / "labelled" / "maps").mkdir()
-    lines = []
-    for i in range(6):
-        rng = np.random.default_rng(i)
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(root / "labelled" / "images" / f"{i}.png")
-        Image.fromarray(rng.integers(0, 2, (64, 64), np.uint8) * 255).save(root / "labelled" / "maps" / f"{i}.png")
-        lines.append(dict(file_name=f"{i}.png", category="", split="test" if i > 3 else "train", source="human"))
-    (root / "labelled" / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def preload(module, words):
+    """Loads the model and the judges of a command line once, for all forks: each gets a copy."""
+    cpu = torch.device("cpu")
+    flags = dict(zip(words, words[1:]))
+    for flag, name in (
+        ("--model", "load_model"),
+        ("--reward", "load_reward"),
+        ("--detector", "load_detector"),
+    ):
+        if flags.get(flag, "artifact") == "artifact":
+            continue
+        loaded = getattr(module, name)(str(flags[flag]), cpu)
 
-    prompts = ["--prompts", root / "prompts.txt", "--test_prompts", root / "one.txt"]
-    every = ["--train_steps", 4, "--save_every", 2, "--device", "cpu"]
-    common = ["--model", model, "--num_inference_steps", 4, "--lora_rank", 4, "--lr", 1e-3, *every]
-    batch, data, judge = ["--batch_size", 2, "--micro_batch", 2], ["--data", TOY / "images"], ["--detector", TOY / "detector"]
-    late = ["--first_mid", 2, "--last_mid", 3]
-    return {name: [*map(str, words)] for name, words in dict(
-        refl=[*common, *batch, *prompts, *late, "--reward", "toy_pref"],
-        imagerefl=[*common, *batch, *prompts, *late, *data, "--start", 1, "--reward", "toy_pref"],
-        focus_n_fix=[*common, *batch, *prompts, *judge, "--pool", 4, "--reward", "artifact"],
-        treat=["treat", *common, *batch, *prompts, *judge, *data, "--max_drift", 99, "--patience", 99, "--reward", "toy_pref"],
-        detector=["detector", "--data", root / "labelled", "--real", TOY / "images", "--batch_size", 4, *every],
-        dfusion_dpo=[*common, "--images_per_prompt", 4, "--batch_size", 4, "--micro_batch", 4, "--save_every", 1, "--reward", "toy_clip",
-                     "--prompts", root / "items.json"]).items()}
+        def give_loaded(*args, loaded=loaded, **kwargs):
+            return loaded
+
+        setattr(module, name, give_loaded)
 
 
-def loaded(module, words):
-    """The script with its networks at hand: a fork has its own copy of them."""
-    cpu, known = torch.device("cpu"), dict(zip(words, words[1:]))
-    if "--model" in known:
-        model = load_model(known["--model"], cpu)
-        module.load_model = lambda *args, **kwargs: model
-    if known.get("--reward", "artifact") != "artifact":
-        reward = load_reward(known["--reward"], cpu)
-        module.load_reward = lambda *args: reward
-    if known.get("--detector"):
-        detector = load_detector(known["--detector"], cpu)
-        module.load_detector = lambda *args: detector
-    return module
+def run_in_fork(module, words, out, die_at=None, die_after=None):
+    """Runs a command line in a fork.
 
-
-def fork(module, words, out, die_at=None, die_after=None):
-    """Runs the command line in a fork -> (its exit status or -9, its number of file operations, None if it was killed). die_at: the fork kills
-    itself at this file operation in `out`; die_after: it is killed after so many seconds."""
-    read, write = os.pipe()
+    die_at: the fork kills itself at this file operation in `out`. die_after: we kill it after so
+    many seconds. -> (exit status, or -9 if it was killed; its number of file operations, or None)
+    """
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        status, count = 1, 0
+        count = 0
+
+        def watch(event, args):
+            nonlocal count
+            if event in FILE_OPERATIONS and str(args[0]).startswith(str(out) + os.sep):
+                count += 1
+                if count == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        # What the fork prints goes to a file beside the run.
+        printed = os.open(f"{out}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
+        torch.set_num_threads(1)
+        sys.addaudithook(watch)
+        status = 1
         try:
-            os.dup2(os.open(f"{out}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-            os.dup2(1, 2)
-
-            def watch(event, args):
-                nonlocal count
-                if event in FILES and str(args[0]).startswith(str(out) + os.sep):
-                    count += 1
-                    if count == die_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-            sys.addaudithook(watch)
-            torch.set_num_threads(1)
-            sys.argv = [module.__file__, *words, "--out", str(out)]
-            launch(module.parse_args, module.main)
-            status = 0
-        except SystemExit as e:
-            status = e.code
+            status = run_script(module, *words, "--out", out)
         finally:
-            os.write(write, str(count).encode())
-            os._exit(status or 0)
-    os.close(write)
-    if die_after is not None and not select.select([read], [], [], die_after)[0]:
-        os.kill(pid, signal.SIGKILL)
-    count = os.read(read, 20)                                             # waits for the fork's end; empty if it was killed
-    os.close(read)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(count) if count else None
+            os.write(write_end, str(count).encode())
+            os._exit(status if isinstance(status, int) else 1)
+    os.close(write_end)
+    if die_after is not None:
+        ended, _, _ = select.select([read_end], [], [], die_after)
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+    count = os.read(read_end, 20)  # waits for the end of the fork; empty if it was killed
+    os.close(read_end)
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), int(count) if count else None
 
 
-def result(out):
-    """Everything in a finished run folder that must not depend on kills: {name: content}."""
+def result(run):
+    """Everything in a finished run folder that a kill must not change: {name: content}."""
     found = {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file() and not any(part.endswith(".tmp") for part in p.relative_to(out).parts)):
-        name = str(path.relative_to(out))
+    for path in sorted(Path(run).rglob("*")):
+        name = str(path.relative_to(run))
+        if not path.is_file() or ".tmp" in name:
+            continue
         if name == "log.jsonl":
-            found[name] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
-        elif name.endswith("state.pt"):
-            found[name] = flat(torch.load(path, weights_only=True))
-        elif name.endswith(".safetensors"):                               # its header has no order
-            with safe_open(path, "pt") as f:
-                found[name] = f.metadata(), flat({k: f.get_tensor(k) for k in f.keys()})
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            for row in rows:
+                row.pop("seconds")
+            found[name] = rows
+        elif path.suffix == ".pt":
+            found[name] = as_bytes(torch.load(path, weights_only=True))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                found[name] = (file.metadata(), as_bytes(tensors))
         else:
             found[name] = path.read_bytes()
     return found
 
 
-def flat(x):
+def as_bytes(value):
     """A checkpoint as something that == compares bit by bit."""
-    if torch.is_tensor(x):
-        return str(x.dtype), tuple(x.shape), x.contiguous().numpy().tobytes()
-    return {k: flat(v) for k, v in x.items()} if isinstance(x, dict) else [flat(v) for v in x] if isinstance(x, (list, tuple)) else x
+    if torch.is_tensor(value):
+        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: as_bytes(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_bytes(part) for part in value]
+    return value
 
 
-def survives(module, words, folder, kills, seed):
-    """A run in `folder` killed `kills` times, then finished; when one ends before its kill, another begins -> (what differs from an undisturbed
-    run, how many kills there were in all, how many of them while a checkpoint was written)."""
-    draw, start = random.Random(seed), time.time()
-    whole, out = folder / "whole", folder / "run_0"
-    status, operations = fork(module, words, whole)
-    seconds = time.time() - start
-    assert status == 0, Path(f"{whole}.out").read_text()
-    expected, done, saving, different = result(whole), 0, 0, set()
+def survive(module, words, folder, kills, seed):
+    """Kills a run in `folder` this often, then finishes it; begins another when one ends early.
+
+    -> (what differs from an undisturbed run, number of kills, those while a checkpoint was saved)
+    """
+    draw = random.Random(seed)
+    started = time.time()
+    status, operations = run_in_fork(module, words, folder / "whole")
+    seconds = time.time() - started
+    assert status == 0, Path(f"{folder / 'whole'}.out").read_text()
+    expected = result(folder / "whole")
+
+    number, done, while_saving = 0, 0, 0
+    different = set()
     while True:
-        begun = (out / "config.json").is_file()
-        moment = dict(die_at=draw.randint(1, operations)) if draw.random() < .5 else dict(die_after=draw.random() * seconds)
-        status, _ = fork(module, [*words, "--resume"] if begun else words, out, **(moment if done < kills else {}))
+        out = folder / f"run_{number}"
+        has_begun = (out / "config.json").is_file()
+        moment = {}
+        if done < kills:
+            if draw.random() < 0.5:
+                moment = dict(die_at=draw.randint(1, operations))
+            else:
+                moment = dict(die_after=draw.random() * seconds)
+        again = [*words, "--resume"] if has_begun else words
+        status, _ = run_in_fork(module, again, out, **moment)
         if status == -signal.SIGKILL:
-            done, saving = done + 1, saving + (out / "new.tmp").exists()
+            done += 1
+            while_saving += (out / "new.tmp").exists()
             continue
         if status != 0:
-            return {f"exit status {status}: {Path(f'{out}.out').read_text()[-1000:]}"}, done, saving
+            return {f"exit status {status}: {Path(f'{out}.out').read_text()[-1000:]}"}, done, 0
         got = result(out)
-        different |= {name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)}
+        for name in expected.keys() | got.keys():
+            if expected.get(name) != got.get(name):
+                different.add(name)
         if done >= kills:
-            return different, done, saving
-        out = folder / f"run_{int(out.name[4:]) + 1}"
+            return different, done, while_saving
+        number += 1
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"of {', '.join(SCRIPTS)} (all)")
-    parser.add_argument("--kills", type=int, default=20, help="of each script (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scripts", nargs="*", help=f"of {', '.join(SCRIPTS_THAT_TRAIN)}; all")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each script (20)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments (0)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        commands = world(Path(root))
-        for name in args.scripts or SCRIPTS:
-            (Path(root) / name).mkdir()
-            different, done, saving = survives(loaded(SCRIPTS[name], commands[name]), commands[name], Path(root) / name, args.kills, args.seed)
-            print(f"{name}: {done} kills, {saving} of them while saving: " + (f"DIFFERENT: {', '.join(different)}" if different else "survived"), flush=True)
+        commands = training_commands(make_world(Path(root)))
+        for name in args.scripts or SCRIPTS_THAT_TRAIN:
+            module, words = commands[name]
+            preload(module, words)
+            folder = Path(root) / name
+            folder.mkdir()
+            different, done, while_saving = survive(module, words, folder, args.kills, args.seed)
+            verdict = f"DIFFERENT: {', '.join(different)}" if different else "survived"
+            print(f"{name}: {done} kills, {while_saving} while saving: {verdict}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

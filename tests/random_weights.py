@@ -1,12 +1,16 @@
-"""Random weights in the layouts in which the real ones are published (file names, keys, nesting, fp16 where it is), so that the code that loads
-the real ones can be run without them.
+"""Random weights in the layouts in which the real ones are published, and how those are read.
 
-  $ python tests/random_weights.py sd15 hps --out weights            # small: seconds, a few MB each
-  $ python tests/random_weights.py sd15 hps --out weights --full     # the published sizes: gigabytes
+File names, keys, nesting and precision are the published ones, so that the code that loads the
+real weights can be tested without them.
 
-Each is written to OUT/NAME, and the command prints what to give to --model or --reward. Where a published file leaves something to another
-place of the hub (PickScore's and ImageReward's tokenizers), it is put beside the weights. Full-size pipelines are the fp16 variant only.
+  $ python tests/random_weights.py sd15 hps --out weights            # small: a few MB each
+  $ python tests/random_weights.py sd15 hps --out weights --full     # the published sizes: GBs
+
+Each is written to OUT/NAME, and the command prints what to pass to --model or --reward. Where the
+real code would look for a tokenizer elsewhere on the hub, it is put beside the weights. Full-size
+pipelines come only as their fp16 variant.
 """
+
 import argparse
 import json
 import math
@@ -14,259 +18,592 @@ from pathlib import Path
 
 import open_clip
 import torch
+import torch.nn.functional as F
 import transformers
-from diffusers import (AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline,
-                       UNet2DConditionModel)
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors.torch import save_file
-from transformers import (BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
-                          CLIPTokenizer)
+from safetensors.torch import load_file, save_file
+from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 transformers.logging.disable_progress_bar()
-CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
-FULL = {  # the configurations of the published models
-    "sd15": dict(unet=dict(channels=(320, 640, 1280, 1280), down=(CROSS, CROSS, CROSS, PLAIN), attention_head_dim=8, cross_attention_dim=768),
-                 text=[(768, 12, 12, "quick_gelu", 768)], vae=(128, 256, 512, 512), scaling=.18215, sample_size=64),
-    "sd21": dict(unet=dict(channels=(320, 640, 1280, 1280), down=(CROSS, CROSS, CROSS, PLAIN), attention_head_dim=(5, 10, 20, 20),
-                           cross_attention_dim=1024, use_linear_projection=True),
-                 text=[(1024, 23, 16, "gelu", 512)], vae=(128, 256, 512, 512), scaling=.18215, sample_size=64),
-    "sdxl": dict(unet=dict(channels=(320, 640, 1280), down=(PLAIN, CROSS, CROSS), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-                           use_linear_projection=True, transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time",
-                           addition_time_embed_dim=256, projection_class_embeddings_input_dim=1280 + 6 * 256),
-                 text=[(768, 12, 12, "quick_gelu", 768), (1280, 32, 20, "gelu", 1280)], vae=(128, 256, 512, 512), scaling=.13025, sample_size=128),
+
+CROSS = "CrossAttnDownBlock2D"
+PLAIN = "DownBlock2D"
+# The configurations of the published pipelines. text: width, layers, heads, activation and
+# projection of each text encoder.
+FULL = {
+    "sd15": dict(
+        unet=dict(
+            channels=(320, 640, 1280, 1280), down=(CROSS, CROSS, CROSS, PLAIN),
+            attention_head_dim=8, cross_attention_dim=768,
+        ),
+        text=[(768, 12, 12, "quick_gelu", 768)],
+        vae=(128, 256, 512, 512), scaling=0.18215, sample_size=64,
+    ),
+    "sd21": dict(
+        unet=dict(
+            channels=(320, 640, 1280, 1280), down=(CROSS, CROSS, CROSS, PLAIN),
+            attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
+            use_linear_projection=True,
+        ),
+        text=[(1024, 23, 16, "gelu", 512)],
+        vae=(128, 256, 512, 512), scaling=0.18215, sample_size=64,
+    ),
+    "sdxl": dict(
+        unet=dict(
+            channels=(320, 640, 1280), down=(PLAIN, CROSS, CROSS),
+            attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+            use_linear_projection=True, transformer_layers_per_block=(1, 2, 10),
+            addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=1280 + 6 * 256,
+        ),
+        text=[(768, 12, 12, "quick_gelu", 768), (1280, 32, 20, "gelu", 1280)],
+        vae=(128, 256, 512, 512), scaling=0.13025, sample_size=128,
+    ),
 }
-SMALL = {  # the same blocks, narrow: 64 x 64 pixels
-    "sd15": dict(FULL["sd15"], unet=dict(FULL["sd15"]["unet"], channels=(8, 16, 16, 16), attention_head_dim=2, cross_attention_dim=32),
-                 text=[(32, 2, 2, "quick_gelu", 32)], vae=(8, 8, 16, 16), sample_size=8),
-    "sd21": dict(FULL["sd21"], unet=dict(FULL["sd21"]["unet"], channels=(8, 16, 16, 16), attention_head_dim=(1, 2, 2, 2), cross_attention_dim=32),
-                 text=[(32, 2, 2, "gelu", 16)], vae=(8, 8, 16, 16), sample_size=8),
-    "sdxl": dict(FULL["sdxl"], unet=dict(FULL["sdxl"]["unet"], channels=(8, 16, 16), attention_head_dim=(1, 2, 2), cross_attention_dim=64,
-                                         transformer_layers_per_block=(1, 1, 2), addition_time_embed_dim=8,
-                                         projection_class_embeddings_input_dim=32 + 6 * 8),
-                 text=[(32, 2, 2, "quick_gelu", 32), (32, 2, 2, "gelu", 32)], vae=(8, 8, 16, 16), sample_size=8),
+
+
+def narrow(name, text, **unet):
+    """The same blocks as in FULL, narrow, for 64 x 64 pixels."""
+    unet = {**FULL[name]["unet"], **unet}
+    return {**FULL[name], "unet": unet, "text": text, "vae": (8, 8, 16, 16), "sample_size": 8}
+
+
+SMALL = {
+    "sd15": narrow(
+        "sd15", [(32, 2, 2, "quick_gelu", 32)],
+        channels=(8, 16, 16, 16), attention_head_dim=2, cross_attention_dim=32,
+    ),
+    "sd21": narrow(
+        "sd21", [(32, 2, 2, "gelu", 16)],
+        channels=(8, 16, 16, 16), attention_head_dim=(1, 2, 2, 2), cross_attention_dim=32,
+    ),
+    "sdxl": narrow(
+        "sdxl", [(32, 2, 2, "quick_gelu", 32), (32, 2, 2, "gelu", 32)],
+        channels=(8, 16, 16), attention_head_dim=(1, 2, 2), cross_attention_dim=64,
+        transformer_layers_per_block=(1, 1, 2), addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    ),
 }
-CLIP_H = dict(  # transformers' names, of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, PickScore and MPS
-    projection_dim=1024,
-    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu", vocab_size=49408,
-                     projection_dim=1024),
-    vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, hidden_act="gelu", image_size=224,
-                       patch_size=14, projection_dim=1024))
+# laion/CLIP-ViT-H-14-laion2B-s32B-b79K in transformers' names: PickScore and MPS.
+CLIP_H_TEXT = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+    hidden_act="gelu", vocab_size=49408, projection_dim=1024,
+)
+CLIP_H_VISION = dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+    hidden_act="gelu", image_size=224, patch_size=14, projection_dim=1024,
+)
 OPEN_CLIP = {"hps": "ViT-H-14", "clip": "ViT-B-32-quickgelu", "clip_h": "ViT-H-14"}
-VISION = dict(image_size=32, layers=2, width=64, head_width=32, patch_size=8)         # of the small open_clip models; their vocabulary is a fixed one
+# The small open_clip models. Their vocabulary is a fixed one.
+VISION = dict(image_size=32, layers=2, width=64, head_width=32, patch_size=8)
 TEXT = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2)
-MEAN_STD = dict(image_mean=[.48145466, .4578275, .40821073], image_std=[.26862954, .26130258, .27577711])
+MEAN = [0.48145466, 0.4578275, 0.40821073]
+STD = [0.26862954, 0.26130258, 0.27577711]
+# The published name of each judge's file.
+FILES = {
+    "hps": "HPS_v2.1_compressed.pt",
+    "clip": "open_clip_model.safetensors",
+    "clip_h": "open_clip_model.safetensors",
+    "pick": "model.safetensors",
+    "imagereward": "ImageReward.pt",
+    "mps": "model.safetensors",
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Tensors and files
 
 
 def draw(shapes, seed, dtype=torch.float32):
-    """{name: shape} -> {name: tensor}: weights N(0, 1/fan in), norms 1 + N(0, .1^2), biases N(0, .1^2); logit_scale log 100, as CLIPs end up with."""
-    g, out = torch.Generator().manual_seed(seed), {}
+    """{name: shape} -> {name: tensor}.
+
+    Weights are N(0, 1 / fan in), norms 1 + N(0, 0.01), biases N(0, 0.01), and logit_scale is
+    log 100, where the real CLIPs end up.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
     for name, shape in shapes.items():
-        x = torch.empty(shape, dtype=dtype).normal_(generator=g)
+        x = torch.empty(shape, dtype=dtype).normal_(generator=generator)
         if name.endswith("logit_scale"):
             x.fill_(math.log(100))
-        elif len(shape) < 2:
-            x.mul_(.1).add_(1. if name.endswith("weight") else 0.)
+        elif len(shape) >= 2:
+            x.mul_(math.prod(shape[1:]) ** -0.5)
         else:
-            x.mul_(math.prod(shape[1:]) ** -.5)
-        out[name] = x
-    return out
+            x.mul_(0.1)
+            if name.endswith("weight"):
+                x.add_(1.0)
+        state[name] = x
+    return state
 
 
 def shapes_of(module):
-    return {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def filled(build, seed, dtype):
-    """build() on the meta device, then with random weights: no model is ever initialised twice, or held in fp32 if it is fp16."""
+    """build() on the meta device, then with random weights, so that nothing is drawn twice."""
     with torch.device("meta"):
         module = build()
     module.load_state_dict(draw(shapes_of(module), seed, dtype), assign=True)
     return module.eval()
 
 
+def read_state(path):
+    """A file of weights -> {name: fp32 tensor}, copied so that the file may be written again."""
+    if Path(path).suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, weights_only=True)
+    state = state.get("state_dict", state)
+    return {name: tensor.clone().float() for name, tensor in state.items()}
+
+
+def write_state(state, path):
+    if Path(path).suffix == ".safetensors":
+        save_file(state, path, {"format": "pt"})
+    else:
+        torch.save({"state_dict": state}, path)
+
+
 def clip_tokenizer(full):
-    """CLIP's byte-pair tokenizer, from the merges that open_clip brings along; small: the bytes and the first 256 merges."""
+    """CLIP's tokenizer, from the merges that open_clip holds; small: the first 256 merges."""
     simple = SimpleTokenizer()
-    merges = [pair for pair, _ in sorted(simple.bpe_ranks.items(), key=lambda x: x[1])][:None if full else 256]
-    tokens = list(simple.encoder)[:512 + len(merges)] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
+    merges = sorted(simple.bpe_ranks, key=simple.bpe_ranks.get)
+    if not full:
+        merges = merges[:256]
+    tokens = list(simple.encoder)[: 512 + len(merges)] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
 def write_clip_tokenizer(folder, full):
-    """vocab.json, merges.txt and tokenizer_config.json, as Stable Diffusion has them (no tokenizer.json); returns the number of tokens."""
+    """Writes the files that Stable Diffusion has -> the number of tokens."""
     tokenizer = clip_tokenizer(full)
     tokenizer.save_pretrained(folder)
+    # vocab.json and merges.txt, in place of the newer tokenizer.json.
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]) + "\n")
+    lines = ["#version: 0.2"] + [" ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     (folder / "tokenizer.json").unlink()
     return len(tokenizer)
 
 
 def write_bert_tokenizer(folder, full):
-    """A WordPiece of letters with BERT's special tokens at their places ([CLS] 101, [SEP] 102), padded to its 30,522 words or to 200."""
-    words = ["[PAD]"] + [f"[unused{i}]" for i in range(99)] + ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words += [p + c for c in "abcdefghijklmnopqrstuvwxyz" for p in ("", "##")] + list(".,'-0123456789")
-    words += [f"[unused{i}]" for i in range(99, 99 + (30522 if full else 200) - len(words))]
+    """A WordPiece of letters, with BERT's special tokens at their places -> number of words."""
+    words = ["[PAD]"] + [f"[unused{i}]" for i in range(99)]
+    words += ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        words += [letter, "##" + letter]
+    words += list(".,'-0123456789")
+    missing = (30522 if full else 200) - len(words)
+    words += [f"[unused{i}]" for i in range(99, 99 + missing)]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     return len(words)
 
 
+# --------------------------------------------------------------------------------------------------
+# Pipelines
+
+
+def build_unet(config):
+    options = dict(config["unet"])
+    channels = options.pop("channels")
+    down = options.pop("down")
+    return UNet2DConditionModel(
+        sample_size=config["sample_size"],
+        block_out_channels=channels,
+        down_block_types=down,
+        up_block_types=[block.replace("Down", "Up") for block in reversed(down)],
+        norm_num_groups=min(32, channels[0] // 2),
+        **options,
+    )
+
+
+def build_vae(config):
+    return AutoencoderKL(
+        block_out_channels=config["vae"],
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=min(32, config["vae"][0] // 2),
+        sample_size=8 * config["sample_size"],
+        scaling_factor=config["scaling"],
+    )
+
+
+def build_text_encoder(row, vocab_size, projected):
+    width, layers, heads, activation, projection = row
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=activation,
+        projection_dim=projection,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+
+
 def modules(name, full, vocab_size):
     """{part: function that builds it} of a pipeline's networks."""
-    c = (FULL if full else SMALL)[name]
-    channels, down = c["unet"]["channels"], c["unet"]["down"]
-    unet = {k: v for k, v in c["unet"].items() if k not in ("channels", "down")}
-    build = dict(
-        unet=lambda: UNet2DConditionModel(
-            sample_size=c["sample_size"], block_out_channels=channels, down_block_types=down, norm_num_groups=min(32, channels[0] // 2),
-            up_block_types=[x.replace("Down", "Up") for x in reversed(down)], **unet),
-        vae=lambda: AutoencoderKL(
-            block_out_channels=c["vae"], down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-            norm_num_groups=min(32, c["vae"][0] // 2), sample_size=8 * c["sample_size"], scaling_factor=c["scaling"]))
-    for i, (width, layers, heads, act, projection) in enumerate(c["text"]):
-        config = CLIPTextConfig(vocab_size=vocab_size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, hidden_act=act,
-                                num_attention_heads=heads, projection_dim=projection, bos_token_id=0, eos_token_id=2, pad_token_id=1)
-        build["text_encoder" + "_2" * i] = lambda i=i, config=config: (CLIPTextModelWithProjection if i else CLIPTextModel)(config)
+    config = (FULL if full else SMALL)[name]
+    build = dict(unet=lambda: build_unet(config), vae=lambda: build_vae(config))
+    build["text_encoder"] = lambda: build_text_encoder(config["text"][0], vocab_size, False)
+    if len(config["text"]) == 2:
+        build["text_encoder_2"] = lambda: build_text_encoder(config["text"][1], vocab_size, True)
     return build
 
 
 def write_pipeline(name, folder, full, seed):
-    """A diffusers folder; small: both the fp32 files and their fp16 variant, as the hub has them."""
+    """A diffusers folder. A small one has both the fp32 files and their fp16 variant."""
     tokenizer = clip_tokenizer(full)
-    parts = {part: filled(build, seed + i, torch.float16) for i, (part, build) in enumerate(modules(name, full, len(tokenizer)).items())}
-    parts["tokenizer"] = tokenizer
-    betas = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1)
+    parts = dict(tokenizer=tokenizer)
+    for i, (part, build) in enumerate(modules(name, full, len(tokenizer)).items()):
+        parts[part] = filled(build, seed + i, torch.float16)
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     if name == "sdxl":
-        pipe = StableDiffusionXLPipeline(**parts, scheduler=EulerDiscreteScheduler(**betas, timestep_spacing="leading"),
-                                         tokenizer_2=clip_tokenizer(full), force_zeros_for_empty_prompt=True)
+        parts["scheduler"] = EulerDiscreteScheduler(**betas, timestep_spacing="leading")
+        parts["tokenizer_2"] = clip_tokenizer(full)
+        pipe = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True)
     else:
-        pipe = StableDiffusionPipeline(**parts, scheduler=PNDMScheduler(**betas, set_alpha_to_one=False, skip_prk_steps=True), safety_checker=None,
-                                       feature_extractor=CLIPImageProcessor(**MEAN_STD), requires_safety_checker=False)
+        scheduler = PNDMScheduler(**betas, set_alpha_to_one=False, skip_prk_steps=True)
+        processor = CLIPImageProcessor(image_mean=MEAN, image_std=STD)
+        parts.update(scheduler=scheduler, feature_extractor=processor, safety_checker=None)
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.save_pretrained(folder, variant="fp16")
     if not full:
-        for module in (m for m in pipe.components.values() if isinstance(m, torch.nn.Module)):
-            module.float()
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.float()
         pipe.save_pretrained(folder)
-    for part in ("tokenizer", "tokenizer_2")[:len(FULL[name]["text"])]:
-        write_clip_tokenizer(folder / part, full)
-    if name == "sd15":                                                    # the published index names a safety checker, which nobody may need
+    write_clip_tokenizer(folder / "tokenizer", full)
+    if name == "sdxl":
+        write_clip_tokenizer(folder / "tokenizer_2", full)
+    if name == "sd15":
+        # The published index names a safety checker, which nobody may need.
         index = json.loads((folder / "model_index.json").read_text())
-        index |= dict(safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"], requires_safety_checker=True)
+        index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+        index["requires_safety_checker"] = True
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# Judges built on CLIP
 
 
 def write_open_clip(name, folder, full, seed):
     config = open_clip.get_model_config(OPEN_CLIP[name])
     if not full:
-        config |= dict(embed_dim=32, vision_cfg=dict(VISION), text_cfg=dict(TEXT))
-    if name != "hps" or not full:                                         # HPSv2's place has none: its architecture is known by name
-        cfg = dict(model_cfg=config, preprocess_cfg=dict(mean=MEAN_STD["image_mean"], std=MEAN_STD["image_std"]))
-        (folder / "open_clip_config.json").write_text(json.dumps(cfg, indent=1) + "\n")
+        config.update(embed_dim=32, vision_cfg=dict(VISION), text_cfg=dict(TEXT))
+    # HPSv2's place on the hub has no configuration: its architecture is known by name.
+    if name != "hps" or not full:
+        content = dict(model_cfg=config, preprocess_cfg=dict(mean=MEAN, std=STD))
+        text = json.dumps(content, indent=1) + "\n"
+        (folder / "open_clip_config.json").write_text(text)
     with torch.device("meta"):
         shapes = shapes_of(open_clip.CLIP(**config))
+    path = folder / FILES[name]
     if name == "hps":
-        torch.save({"state_dict": draw(shapes, seed, torch.float16)}, folder / "HPS_v2.1_compressed.pt")
-        return folder / "HPS_v2.1_compressed.pt"
-    save_file(draw(shapes, seed), folder / "open_clip_model.safetensors")
+        write_state(draw(shapes, seed, torch.float16), path)
+        return path
+    write_state(draw(shapes, seed), path)
     return folder
 
 
 def clip_h_config(full, vocab_size):
-    """transformers' CLIP-H; small: heads as wide as the real ones (80 and 64)."""
-    text, vision = dict(CLIP_H["text_config"]), dict(CLIP_H["vision_config"])
-    if not full:
-        text |= dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=vocab_size, projection_dim=128,
-                     bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1)
-        vision |= dict(hidden_size=160, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2, image_size=42, projection_dim=128)
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024 if full else 128)
+    """transformers' CLIP-H. The heads of the small one are as wide as the real ones: 80 and 64."""
+    if full:
+        return CLIPConfig(
+            text_config=dict(CLIP_H_TEXT), vision_config=dict(CLIP_H_VISION), projection_dim=1024
+        )
+    small = dict(num_hidden_layers=2, num_attention_heads=2, projection_dim=128)
+    text = {**CLIP_H_TEXT, **small, "hidden_size": 128, "intermediate_size": 256}
+    text.update(vocab_size=vocab_size, bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1)
+    vision = {**CLIP_H_VISION, **small, "hidden_size": 160, "intermediate_size": 320}
+    vision["image_size"] = 42
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
 
 
-def write_processor(folder, full, size):
-    CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size), **MEAN_STD).save_pretrained(folder)
+def write_processor(folder, full):
+    """A preprocessor and tokenizer of CLIP -> the number of tokens."""
+    size = 224 if full else 42
+    processor = CLIPImageProcessor(
+        size=dict(shortest_edge=size),
+        crop_size=dict(height=size, width=size),
+        image_mean=MEAN,
+        image_std=STD,
+    )
+    processor.save_pretrained(folder)
     return write_clip_tokenizer(folder, full)
 
 
 def write_pick(name, folder, full, seed):
-    config = clip_h_config(full, write_processor(folder, full, 224 if full else 42))
+    config = clip_h_config(full, write_processor(folder, full))
     filled(lambda: CLIPModel(config), seed, torch.float32).save_pretrained(folder)
     return folder
 
 
 def mps_shapes(config):
-    """{name: shape} of RE-N-Y/mpsv1's model.safetensors: a CLIP-H under mps.model, four pairs of parallel blocks under mps.cross_model."""
+    """{name: shape} of RE-N-Y/mpsv1: a CLIP-H, and four pairs of parallel blocks."""
     with torch.device("meta"):
-        shapes = {f"mps.model.{k}": v for k, v in shapes_of(CLIPModel(config)).items()}
+        clip_shapes = shapes_of(CLIPModel(config))
+    shapes = {f"mps.model.{name}": shape for name, shape in clip_shapes.items()}
     d = config.projection_dim
+    cross = {
+        "norm.weight": (d,),
+        "norm.bias": (d,),
+        "to_q.weight": (d, d),
+        "to_kv.weight": (128, d),
+        "to_out.weight": (d, d),
+        "ff.0.weight": (8 * d, d),
+        "ff.2.weight": (d, 4 * d),
+    }
+    own = {
+        "norm.weight": (d,),
+        "norm.bias": (d,),
+        "fused_attn_ff_proj.weight": (d + 128 + 8 * d, d),
+        "attn_out.weight": (d, d),
+        "ff_out.1.weight": (d, 4 * d),
+    }
     for layer in range(4):
-        cross, own = (f"mps.cross_model.layers.{layer}.{i}.fn." for i in (0, 1))
-        shapes |= {cross + "norm.weight": (d,), cross + "norm.bias": (d,), cross + "to_q.weight": (d, d), cross + "to_kv.weight": (128, d),
-                   cross + "to_out.weight": (d, d), cross + "ff.0.weight": (8 * d, d), cross + "ff.2.weight": (d, 4 * d),
-                   own + "norm.weight": (d,), own + "norm.bias": (d,), own + "fused_attn_ff_proj.weight": (d + 128 + 8 * d, d),
-                   own + "attn_out.weight": (d, d), own + "ff_out.1.weight": (d, 4 * d)}
+        for i, part in enumerate((cross, own)):
+            for name, shape in part.items():
+                shapes[f"mps.cross_model.layers.{layer}.{i}.fn.{name}"] = shape
     return shapes
 
 
 def write_mps(name, folder, full, seed):
-    state = draw(mps_shapes(clip_h_config(full, write_processor(folder, full, 224 if full else 42))), seed)
-    for k in state:
-        if "cross_model" in k and k.endswith("norm.bias"):                # a buffer, not a parameter
-            state[k].zero_()
-    save_file(state, folder / "model.safetensors")
+    config = clip_h_config(full, write_processor(folder, full))
+    state = draw(mps_shapes(config), seed)
+    for key, tensor in state.items():
+        # This one is a buffer of zeros, not a parameter.
+        if "cross_model" in key and key.endswith("norm.bias"):
+            tensor.zero_()
+    save_file(state, folder / FILES[name])
     return folder
 
 
+# --------------------------------------------------------------------------------------------------
+# ImageReward
+
+
 def imagereward_shapes(full, vocab_size):
-    """{name: shape} of ImageReward.pt, in BLIP's own names; vocab_size: BERT's words, [DEC] and [ENC]."""
-    w, inner, blocks, patch, tokens = (1024, 4096, 24, 16, 197) if full else (192, 256, 2, 16, 5)
-    h, h_inner, layers = (768, 3072, 12) if full else (128, 192, 3)
-    linear = lambda name, *shape: {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    v, t = "blip.visual_encoder.", "blip.text_encoder."
-    shapes = {v + "cls_token": (1, 1, w), v + "pos_embed": (1, tokens, w)}
-    shapes |= linear(v + "patch_embed.proj", w, 3, patch, patch) | linear(v + "norm", w)
-    for b in (f"{v}blocks.{i}." for i in range(blocks)):
-        shapes |= linear(b + "norm1", w) | linear(b + "attn.qkv", 3 * w, w) | linear(b + "attn.proj", w, w) | linear(b + "norm2", w)
-        shapes |= linear(b + "mlp.fc1", inner, w) | linear(b + "mlp.fc2", w, inner)
-    shapes |= {t + "embeddings.position_ids": (1, 512), t + "embeddings.word_embeddings.weight": (vocab_size, h),
-               t + "embeddings.position_embeddings.weight": (512, h), **linear(t + "embeddings.LayerNorm", h)}
-    for layer in (f"{t}encoder.layer.{i}." for i in range(layers)):
-        for a, source in (("attention.", h), ("crossattention.", w)):
-            shapes |= linear(layer + a + "self.query", h, h) | linear(layer + a + "self.key", h, source) | linear(layer + a + "self.value", h, source)
-            shapes |= linear(layer + a + "output.dense", h, h) | linear(layer + a + "output.LayerNorm", h)
-        shapes |= linear(layer + "intermediate.dense", h_inner, h) | linear(layer + "output.dense", h, h_inner) | linear(layer + "output.LayerNorm", h)
-    shapes |= linear("blip.vision_proj", 256, w) | linear("blip.text_proj", 256, h)
-    for i, out, source in ((0, 1024, h), (2, 128, 1024), (4, 64, 128), (6, 16, 64), (7, 1, 16)):
-        shapes |= linear(f"mlp.layers.{i}", out, source)
+    """{name: shape} of ImageReward.pt. vocab_size: BERT's words, [DEC] and [ENC]."""
+    vision_sizes = (192, 256, 2, 5)
+    text_sizes = (128, 192, 3)
+    if full:
+        vision_sizes = (1024, 4096, 24, 197)
+        text_sizes = (768, 3072, 12)
+    width, inner_width, num_blocks, num_positions = vision_sizes
+    hidden, inner_hidden, num_layers = text_sizes
+    start = "blip.visual_encoder."
+    shapes = {start + "cls_token": (1, 1, width), start + "pos_embed": (1, num_positions, width)}
+
+    def linear(name, *shape):
+        shapes[f"{name}.weight"] = shape
+        shapes[f"{name}.bias"] = shape[:1]
+
+    linear(start + "patch_embed.proj", width, 3, 16, 16)
+    linear(start + "norm", width)
+    for i in range(num_blocks):
+        block = f"{start}blocks.{i}."
+        linear(block + "norm1", width)
+        linear(block + "attn.qkv", 3 * width, width)
+        linear(block + "attn.proj", width, width)
+        linear(block + "norm2", width)
+        linear(block + "mlp.fc1", inner_width, width)
+        linear(block + "mlp.fc2", width, inner_width)
+
+    start = "blip.text_encoder."
+    shapes[start + "embeddings.position_ids"] = (1, 512)
+    shapes[start + "embeddings.word_embeddings.weight"] = (vocab_size, hidden)
+    shapes[start + "embeddings.position_embeddings.weight"] = (512, hidden)
+    linear(start + "embeddings.LayerNorm", hidden)
+    for i in range(num_layers):
+        layer = f"{start}encoder.layer.{i}."
+        for part, source_width in (("attention.", hidden), ("crossattention.", width)):
+            linear(layer + part + "self.query", hidden, hidden)
+            linear(layer + part + "self.key", hidden, source_width)
+            linear(layer + part + "self.value", hidden, source_width)
+            linear(layer + part + "output.dense", hidden, hidden)
+            linear(layer + part + "output.LayerNorm", hidden)
+        linear(layer + "intermediate.dense", inner_hidden, hidden)
+        linear(layer + "output.dense", hidden, inner_hidden)
+        linear(layer + "output.LayerNorm", hidden)
+    linear("blip.vision_proj", 256, width)
+    linear("blip.text_proj", 256, hidden)
+    sizes = (hidden, 1024, 128, 64, 16, 1)
+    for k, i in enumerate((0, 2, 4, 6, 7)):
+        linear(f"mlp.layers.{i}", sizes[k + 1], sizes[k])
     return shapes
 
 
 def write_imagereward(name, folder, full, seed):
-    state = draw(imagereward_shapes(full, write_bert_tokenizer(folder, full) + 2), seed)
+    vocab_size = write_bert_tokenizer(folder, full) + 2
+    state = draw(imagereward_shapes(full, vocab_size), seed)
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
-    torch.save(state, folder / "ImageReward.pt")
+    torch.save(state, folder / FILES[name])
     return folder
 
 
-WRITERS = {**dict.fromkeys(FULL, write_pipeline), **dict.fromkeys(OPEN_CLIP, write_open_clip), "pick": write_pick, "imagereward": write_imagereward,
-           "mps": write_mps}
+# --------------------------------------------------------------------------------------------------
+# The published equations of ImageReward and MPS in plain torch, for the tests of rewards.py
+
+
+def norm(state, name, x, eps):
+    weight = state[f"{name}.weight"]
+    return F.layer_norm(x, weight.shape, weight, state[f"{name}.bias"], eps)
+
+
+def dense(state, name, x):
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def attention(q, k, v, heads, bias=0.0):
+    """softmax(q k' / sqrt(d) + bias) v for (B, N, heads * d) and (B, M, heads * d)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    weight = (q @ k.mT / q.shape[-1] ** 0.5 + bias).softmax(-1)
+    return (weight @ v).transpose(1, 2).flatten(2)
+
+
+def blip_vision(state, pixels, eps=1e-6):
+    """Normalized pixels (B, 3, H, W) -> the states (B, tokens, D) of a small ImageReward."""
+    start = "blip.visual_encoder."
+    patches = state[start + "patch_embed.proj.weight"], state[start + "patch_embed.proj.bias"]
+    x = F.conv2d(pixels, *patches, stride=16).flatten(2).mT
+    cls_token = state[start + "cls_token"].expand(len(x), 1, -1)
+    x = torch.cat([cls_token, x], 1) + state[start + "pos_embed"]
+    for i in range(2):
+        block = f"{start}blocks.{i}."
+        qkv = dense(state, block + "attn.qkv", norm(state, block + "norm1", x, eps))
+        x = x + dense(state, block + "attn.proj", attention(*qkv.chunk(3, -1), heads=3))
+        inner = dense(state, block + "mlp.fc1", norm(state, block + "norm2", x, eps))
+        x = x + dense(state, block + "mlp.fc2", F.gelu(inner))
+    return norm(state, start + "norm", x, eps)
+
+
+def imagereward_score(state, pixels, ids, mask, eps=1e-6):
+    """The output (B,) of the MLP of a small ImageReward. eps: that of the vision encoder."""
+    image = blip_vision(state, pixels, eps)
+    start = "blip.text_encoder."
+    x = state[start + "embeddings.word_embeddings.weight"][ids]
+    x = x + state[start + "embeddings.position_embeddings.weight"][: ids.shape[1]]
+    x = norm(state, start + "embeddings.LayerNorm", x, 1e-12)
+    text_bias = (1 - mask.float())[:, None, None] * -1e9
+    for i in range(3):
+        layer = f"{start}encoder.layer.{i}."
+        for part in ("attention.", "crossattention."):
+            source = x if part == "attention." else image
+            bias = text_bias if part == "attention." else 0.0
+            q = dense(state, layer + part + "self.query", x)
+            k = dense(state, layer + part + "self.key", source)
+            v = dense(state, layer + part + "self.value", source)
+            out = dense(state, layer + part + "output.dense", attention(q, k, v, 2, bias))
+            x = norm(state, layer + part + "output.LayerNorm", x + out, 1e-12)
+        inner = F.gelu(dense(state, layer + "intermediate.dense", x))
+        out = dense(state, layer + "output.dense", inner)
+        x = norm(state, layer + "output.LayerNorm", x + out, 1e-12)
+    x = x[:, 0]
+    for i in (0, 2, 4, 6, 7):
+        x = dense(state, f"mlp.layers.{i}", x)
+    return x[:, 0]
+
+
+def mps_weights(state, layer, i):
+    """The weights of one part of a layer: i = 0 attends to the text, i = 1 to the image."""
+    start = f"mps.cross_model.layers.{layer}.{i}.fn."
+    return {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+
+
+def layer_norm(x, weight):
+    variance = x.var(-1, keepdim=True, unbiased=False)
+    return (x - x.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt() * weight
+
+
+def swiglu(x):
+    a, gate = x.chunk(2, -1)
+    return gate * torch.sigmoid(gate) * a
+
+
+def rotary(x):
+    """Rotary positions for one head (N, 64)."""
+    frequencies = 1 / 10000 ** (torch.arange(0, 64, 2) / 64)
+    angle = torch.outer(torch.arange(len(x)).float(), frequencies).repeat(1, 2)
+    return x * angle.cos() + torch.cat([-x[:, 32:], x[:, :32]], 1) * angle.sin()
+
+
+def mps_score(state, clip, text, condition, end, pixels):
+    """MPS of one image (1, 3, H, W): text features (77, D) and their end (D,); condition (77, D)."""
+    closeness = (text @ condition.T).max(1).values
+    bias = torch.where(closeness / closeness.max() > 0.01, 0.0, -torch.inf)
+    x = clip.vision_model(pixels).last_hidden_state[0] @ clip.visual_projection.weight.T
+    width = x.shape[1]
+    for layer in range(4):
+        w = mps_weights(state, layer, 0)
+        h = layer_norm(x, w["norm.weight"])
+        q = h @ w["to_q.weight"].T
+        k, v = (text @ w["to_kv.weight"].T).chunk(2, 1)
+        heads = [(part @ k.T / 8 + bias).softmax(1) @ v for part in q.split(64, 1)]
+        x = x + torch.cat(heads, 1) @ w["to_out.weight"].T
+        x = x + swiglu(h @ w["ff.0.weight"].T) @ w["ff.2.weight"].T
+        w = mps_weights(state, layer, 1)
+        fused = layer_norm(x, w["norm.weight"]) @ w["fused_attn_ff_proj.weight"].T
+        q, k, v, ff = fused.split([width, 64, 64, 8 * width], 1)
+        heads = [(rotary(part) @ rotary(k).T / 8).softmax(1) @ v for part in q.split(64, 1)]
+        x = x + torch.cat(heads, 1) @ w["attn_out.weight"].T
+        x = x + swiglu(ff) @ w["ff_out.1.weight"].T
+    return clip.logit_scale.exp() * F.cosine_similarity(end, x[0], dim=0)
+
+
+# --------------------------------------------------------------------------------------------------
+
+WRITERS = {
+    "sd15": write_pipeline,
+    "sd21": write_pipeline,
+    "sdxl": write_pipeline,
+    "hps": write_open_clip,
+    "clip": write_open_clip,
+    "clip_h": write_open_clip,
+    "pick": write_pick,
+    "imagereward": write_imagereward,
+    "mps": write_mps,
+}
 
 
 def write(name, out, full=False, seed=0):
-    """Writes OUT/NAME and returns what --model takes, or --reward after "NAME:", as a string."""
+    """Writes OUT/NAME -> what --model takes, or --reward after "NAME:", as a string."""
     folder = Path(out) / name
     folder.mkdir(parents=True, exist_ok=True)
     return str(WRITERS[name](name, folder, full, seed))
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("names", nargs="+", choices=list(WRITERS), metavar="NAME", help=", ".join(WRITERS))
-    parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--full", action="store_true", help="the published sizes: 1 to 7 GB each")
-    parser.add_argument("--seed", type=int, default=0, help="of every draw")
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("names", nargs="+", choices=list(WRITERS), metavar="NAME", help=", ".join(WRITERS))
+    add("--out", required=True, help="folder to write to")
+    add("--full", action="store_true", help="the published sizes: 1 to 7 GB each")
+    add("--seed", type=int, default=0, help="the random seed")
     args = parser.parse_args()
     for name in args.names:
         path = write(name, args.out, args.full, args.seed)
-        print(f"--model {path}" if name in FULL else f"--reward {name}:{path}")
+        if name in FULL:
+            print(f"--model {path}")
+        else:
+            print(f"--reward {name}:{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -150,7 +150,7 @@ def test_damaged_files(server, tmp_path):
 def test_the_command(server, tmp_path):
     def run(images, resolution=32):
         size = f"--images {images} --resolution {resolution}".split()
-        coco.main([*size, "--out", f"{tmp_path}/out", "--cache", f"{tmp_path}/cache"])
+        coco.main(coco.parse_args([*size, "--out", "out", "--cache", "cache"]))
 
     with pytest.raises(SystemExit, match="--images 5: choose 1 to 4"):
         run(5)

@@ -1,559 +1,438 @@
-"""The real rewards on the published layouts with random weights: against plain torch on the files' own tensors, and against each known trap."""
-import importlib
-import json
+"""rewards.py: every judge reads its published layout, and equals an independent computation.
+
+The weights are random: tests/random_weights.py writes them in the form of the published files.
+"""
+
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import random_weights
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from torchvision.transforms import functional as vision
-from transformers import AutoTokenizer, BertTokenizer, CLIPModel
+import torchvision.transforms.v2 as T
+from conftest import CPU
+from random_weights import FILES, imagereward_score, mps_score, read_state, write_state
+from torchvision.transforms import InterpolationMode
+from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, BertTokenizer
+from transformers import CLIPImageProcessor, CLIPModel
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-import common
-from common import CLIP_MEAN, CLIP_STD, REWARDS, blip_scorer, denoise, generator, initial_latents, load_model, load_reward, resize_and_normalise
+import rewards
+from common import TOY, generator
+from rewards import CLIP_MEAN, CLIP_STD, MPS, REWARDS, load_detector, load_reward, preprocess
+from run_folder import to_pil
 
-CPU = torch.device("cpu")
 NAMES = ["hps", "pick", "imagereward", "clip", "clip_h"]
-PROMPTS = ["a red circle above a blue square", "the sea, 12 ships and a lighthouse", "a red circle above a blue square", "snow"]
-SIZE = {"hps": 32, "pick": 42, "imagereward": 32, "clip": 32, "clip_h": 32}             # pixels of the small models
+PROMPTS = ["a red circle above a blue square", "the sea, 12 ships and a lighthouse", "snow"]
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
+def weights(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
-    return {name: random_weights.write(name, root, seed=i) for i, name in enumerate([*NAMES, "mps", "sd15", "sd21", "sdxl"])}
+    for seed, name in enumerate([*NAMES, "mps"]):
+        random_weights.write(name, root, seed=seed)
+    return root
 
 
-def file_of(paths, name):
-    """The file of weights of a reward."""
-    path = Path(paths[name])
-    return path if path.is_file() else path / {"pick": "model.safetensors", "imagereward": "ImageReward.pt"}.get(name, "open_clip_model.safetensors")
+def copy_of(weights, name, tmp_path):
+    """Copies the folder of a judge -> (the folder, its file of weights)."""
+    folder = shutil.copytree(weights / name, tmp_path / name)
+    return folder, folder / FILES[name]
 
 
-def weights(path):
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    return {k: v.float() for k, v in state.get("state_dict", state).items()}
+def load(name, path):
+    reward, _ = load_reward(f"{name}:{path}", CPU)
+    return reward
 
 
-def pictures(h, w, n=len(PROMPTS)):
-    """Smooth 8-bit images (n, 3, h, w) in [0, 1]."""
-    coarse = torch.rand(n, 3, 5, 5, generator=generator(0, "pictures"))
-    return (F.interpolate(coarse, (h, w), mode="bicubic").clamp(0, 1) * 255).round() / 255
+def pictures(height, width):
+    """A smooth 8-bit image per prompt, (3, 3, height, width) in [0, 1]."""
+    coarse = torch.rand(len(PROMPTS), 3, 5, 5, generator=generator(0, "pictures"))
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    return (smooth * 255).round() / 255
 
 
-def normalised(x):
-    return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+def crop(images, size):
+    """torchvision's own resize, center crop and normalization."""
+    resize = T.Resize(size, InterpolationMode.BICUBIC, antialias=True)
+    return T.Compose([resize, T.CenterCrop(size), T.Normalize(CLIP_MEAN, CLIP_STD)])(images)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# the models once more, in plain torch
+def pad(images, size):
+    """HPS's own preprocessing: the long side is resized, and black bars fill the square."""
+    scale = size / max(images.shape[-2:])
+    new_size = [round(side * scale) for side in images.shape[-2:]]
+    images = T.Resize(new_size, InterpolationMode.BICUBIC, antialias=True)(images)
+    top, left = [(size - side) // 2 for side in new_size]
+    bars = (left, top, size - new_size[1] - left, size - new_size[0] - top)
+    return T.Normalize(CLIP_MEAN, CLIP_STD)(T.Pad(bars)(images))
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
+# --------------------------------------------------------------------------------------------------
+# Scores
 
 
-def norm(s, name, x, eps=1e-5):
-    return F.layer_norm(x, x.shape[-1:], s[name + ".weight"], s[name + ".bias"], eps)
+# Square, smaller than the network, wide and tall, and with odd margins to crop.
+@pytest.mark.parametrize("size", [(64, 64), (20, 20), (50, 133), (96, 64), (45, 32), (42, 57)])
+def test_preprocessing(size, weights):
+    images = pictures(*size)
+    ours = preprocess(images, 32, CLIP_MEAN, CLIP_STD)
+    torch.testing.assert_close(ours, crop(images, 32), rtol=0, atol=1e-6)
+    padded = preprocess(images, 32, CLIP_MEAN, CLIP_STD, pad=True)
+    torch.testing.assert_close(padded, pad(images, 32), rtol=0, atol=1e-6)
+    # transformers rounds the corner of an odd crop down.
+    processor = CLIPImageProcessor.from_pretrained(weights / "pick")
+    theirs = processor(images, do_rescale=False, return_tensors="pt").pixel_values
+    floored = preprocess(images, 42, CLIP_MEAN, CLIP_STD, floor_crop=True)
+    torch.testing.assert_close(floored, theirs, rtol=0, atol=1e-5)
+    # open_clip's own transform resizes 8-bit pixels with PIL.
+    transform = open_clip.image_transform(32, is_train=False, mean=CLIP_MEAN, std=CLIP_STD)
+    pil = torch.stack([transform(to_pil(image)) for image in images])
+    assert (ours - pil).abs().max() * max(CLIP_STD) < 0.03
 
 
-def dense(s, name, x):
-    return x @ s[name + ".weight"].T + s[name + ".bias"]
-
-
-def attend(q, k, v, heads, mask=0.):
-    """softmax(q k' / sqrt(head) + mask) v, (B, S, D) each."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return ((q @ k.mT / q.shape[-1] ** .5 + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
-def causal(n):
-    return torch.full((n, n), -torch.inf).triu(1)
-
-
-def clip_tower(s, start, x, heads, act, mask=0.):
-    for i in range(2):
-        b = f"{start}transformer.resblocks.{i}."
-        q, k, v = (norm(s, b + "ln_1", x) @ s[b + "attn.in_proj_weight"].T + s[b + "attn.in_proj_bias"]).chunk(3, -1)
-        x = x + dense(s, b + "attn.out_proj", attend(q, k, v, heads, mask))
-        x = x + dense(s, b + "mlp.c_proj", act(dense(s, b + "mlp.c_fc", norm(s, b + "ln_2", x))))
-    return x
-
-
-def clip_cosine(s, pixels, tokens, act, heads=2):
-    """cos(image, text) of a CLIP in OpenAI's names; pixels normalised, the text ends at its highest token."""
-    w = s["visual.conv1.weight"]
-    x = F.conv2d(pixels, w, stride=w.shape[-1]).flatten(2).mT
-    x = torch.cat([s["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + s["visual.positional_embedding"]
-    x = clip_tower(s, "visual.", norm(s, "visual.ln_pre", x), heads, act)
-    image = norm(s, "visual.ln_post", x[:, 0]) @ s["visual.proj"]
-    x = s["token_embedding.weight"][tokens] + s["positional_embedding"]
-    x = norm(s, "ln_final", clip_tower(s, "", x, heads, act, causal(x.shape[1])))
-    text = x[torch.arange(len(x)), tokens.argmax(-1)] @ s["text_projection"]
-    return F.cosine_similarity(image, text)
-
-
-def openai_names(s):
-    """transformers' CLIPModel -> OpenAI's names."""
-    out = {"visual.conv1.weight": s["vision_model.embeddings.patch_embedding.weight"],
-           "visual.class_embedding": s["vision_model.embeddings.class_embedding"],
-           "visual.positional_embedding": s["vision_model.embeddings.position_embedding.weight"], "visual.proj": s["visual_projection.weight"].T,
-           "token_embedding.weight": s["text_model.embeddings.token_embedding.weight"], "text_projection": s["text_projection.weight"].T,
-           "positional_embedding": s["text_model.embeddings.position_embedding.weight"], "logit_scale": s["logit_scale"]}
-    for theirs, ours in (("vision_model.pre_layrnorm", "visual.ln_pre"), ("vision_model.post_layernorm", "visual.ln_post"),
-                         ("text_model.final_layer_norm", "ln_final")):
-        out |= {f"{ours}.{x}": s[f"{theirs}.{x}"] for x in ("weight", "bias")}
-    inside = (("attn.out_proj", "self_attn.out_proj"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"))
-    for side, start in (("vision_model", "visual."), ("text_model", "")):
-        for i in range(sum(k.startswith(side) and k.endswith("fc1.bias") for k in s)):
-            a, b = f"{side}.encoder.layers.{i}.", f"{start}transformer.resblocks.{i}."
-            for x in ("weight", "bias"):
-                out[f"{b}attn.in_proj_{x}"] = torch.cat([s[f"{a}self_attn.{y}_proj.{x}"] for y in "qkv"])
-                out |= {f"{b}{n}.{x}": s[f"{a}{m}.{x}"] for n, m in inside}
-    return out
-
-
-def imagereward(s, pixels, ids, mask, vision_heads=3, text_heads=2, eps=1e-6, bidirectional=True):
-    """ImageReward's normalised score in BLIP's own names, from the equations; the keywords are its traps."""
-    v, t = "blip.visual_encoder.", "blip.text_encoder."
-    x = F.conv2d(pixels, s[v + "patch_embed.proj.weight"], s[v + "patch_embed.proj.bias"], stride=16).flatten(2).mT
-    x = torch.cat([s[v + "cls_token"].expand(len(x), 1, -1), x], 1) + s[v + "pos_embed"]
-    for b in (f"{v}blocks.{i}." for i in range(2)):
-        x = x + dense(s, b + "attn.proj", attend(*dense(s, b + "attn.qkv", norm(s, b + "norm1", x, eps)).chunk(3, -1), vision_heads))
-        x = x + dense(s, b + "mlp.fc2", F.gelu(dense(s, b + "mlp.fc1", norm(s, b + "norm2", x, eps))))
-    image = norm(s, v + "norm", x, eps)
-
-    e = t + "embeddings."
-    x = norm(s, e + "LayerNorm", s[e + "word_embeddings.weight"][ids] + s[e + "position_embeddings.weight"][:ids.shape[1]], 1e-12)
-    bias = (1 - mask.float())[:, None, None] * -1e9 + (0 if bidirectional else causal(ids.shape[1]))
-    for layer in (f"{t}encoder.layer.{i}." for i in range(3)):
-        for a, source, m in (("attention.", None, bias), ("crossattention.", image, 0.)):
-            q, k, w = (dense(s, f"{layer}{a}self.{n}", x if n == "query" or source is None else source) for n in ("query", "key", "value"))
-            x = norm(s, layer + a + "output.LayerNorm", x + dense(s, layer + a + "output.dense", attend(q, k, w, text_heads, m)), 1e-12)
-        inner = F.gelu(dense(s, layer + "intermediate.dense", x))
-        x = norm(s, layer + "output.LayerNorm", x + dense(s, layer + "output.dense", inner), 1e-12)
-    x = x[:, 0]
-    for i in (0, 2, 4, 6, 7):
-        x = dense(s, f"mlp.layers.{i}", x)
-    return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
-
-
-def independent(paths, name, pixels, prompts=PROMPTS, **traps):
-    """The reward of normalised pixels, from the published file and the tokenizer alone."""
-    s = weights(file_of(paths, name))
-    if name == "imagereward":
-        tokens = BertTokenizer.from_pretrained(paths[name])(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-        assert (tokens.input_ids[:, 0] == 101).all() and tokens.input_ids.shape[1] == 35 and not tokens.attention_mask.all()
-        return imagereward(s, pixels, tokens.input_ids, traps.pop("mask", tokens.attention_mask), **traps)
-    if name == "pick":
-        tokens = AutoTokenizer.from_pretrained(paths[name])(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
-        return s["logit_scale"].exp() * clip_cosine(openai_names(s), pixels, tokens, F.gelu)
-    return clip_cosine(s, pixels, open_clip.tokenize(prompts), traps.get("act", quick_gelu if name == "clip" else F.gelu))
-
-
-# ------------------------------------------------------------------------------------------------------------------------------------
-# scores
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_score_equals_an_independent_computation(paths, name):
-    reward, row = load_reward(f"{name}:{paths[name]}", CPU)
-    images = pictures(SIZE[name], SIZE[name])
-    with torch.no_grad():
-        r = reward(images, PROMPTS)
-        torch.testing.assert_close(r, independent(paths, name, normalised(images)), rtol=1e-4, atol=1e-4 if name == "pick" else 2e-5)
-        torch.testing.assert_close(torch.cat([reward(images[i:i + 1], PROMPTS[i:i + 1]) for i in range(4)]), r, rtol=1e-4, atol=1e-4)
-        other = reward(images, PROMPTS[1:] + PROMPTS[:1])
-    assert r.shape == (4,) and r.dtype == torch.float32 and r.std() > 1e-3 and (other - r).abs().max() > 1e-3       # image and text both count
-    assert row.low < row.high and row.scale > 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_the_pixels_and_point_uphill(paths, name):
-    reward, _ = load_reward(f"{name}:{paths[name]}", CPU)
-    images = pictures(70, 50).requires_grad_()                            # resized and cropped or padded on the way
-    r = reward(images, PROMPTS)
-    r[:3].sum().backward()
-    assert images.grad.isfinite().all() and all(images.grad[i].abs().max() > 0 for i in range(3)) and images.grad[3].abs().max() == 0
-    module = reward.net if name == "imagereward" else reward.clip
-    assert not module.training and not any(p.requires_grad or p.grad is not None for p in module.parameters())
-    with torch.no_grad():
-        step = images + 1e-3 * images.grad / images.grad.abs().mean()
-        assert (reward(step, PROMPTS)[:3] > r[:3]).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_text_is_read_once(paths, name, monkeypatch):
-    reward, _ = load_reward(f"{name}:{paths[name]}", CPU)
-    owner, method = (reward, "tokenizer") if name == "imagereward" else (reward.clip, "get_text_features" if name == "pick" else "encode_text")
-    calls, original = [], getattr(owner, method)
-    monkeypatch.setattr(owner, method, lambda *a, **k: calls.append(1) or original(*a, **k))
-    first = reward(pictures(32, 32), PROMPTS)
-    assert torch.equal(first, reward(pictures(32, 32), PROMPTS)) and len(calls) == len(set(PROMPTS)) == 3
-
-
-@pytest.mark.parametrize("name", ["hps", "imagereward"])
-def test_bf16_is_close(paths, name):
-    """What runs on CUDA, here on a CPU."""
-    reward, _ = load_reward(f"{name}:{paths[name]}", CPU)
-    images = pictures(32, 32)
-    with torch.no_grad():
-        r = reward(images, PROMPTS)
-        if name == "hps":
-            reward.clip.bfloat16()
-            reward.dtype, reward.texts = torch.bfloat16, {}
-        else:
-            reward.net["vision"].bfloat16(), reward.net["text"].bfloat16()
-        low = reward(images, PROMPTS)
-    assert low.dtype == torch.float32 and 0 < (low - r).abs().max() < .05
-
-
-# ------------------------------------------------------------------------------------------------------------------------------------
-# traps: each wrong setting gives another score than ours, and ours the right one
-
-
-TRAPS = dict(vision_heads=dict(vision_heads=12), text_heads=dict(text_heads=8), eps=dict(eps=1e-5), decoder=dict(bidirectional=False),
-             mask=dict(mask=torch.ones(4, 35)))
-
-
-@pytest.mark.parametrize("trap", TRAPS.values(), ids=TRAPS)
-def test_imagereward_falls_into_no_trap(paths, tmp_path, trap):
-    folder = shutil.copytree(paths["imagereward"], tmp_path / "ir")
-    state = torch.load(folder / "ImageReward.pt", weights_only=True)
-    for k in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):     # small activations, where eps counts
-        state["blip.visual_encoder." + k] *= .01
-    torch.save(state, folder / "ImageReward.pt")
-    reward, _ = load_reward(f"imagereward:{folder}", CPU)
-    images = pictures(32, 32)
-    with torch.no_grad():
-        r = reward(images, PROMPTS)
-        there = dict(paths, imagereward=str(folder))
-        torch.testing.assert_close(r, independent(there, "imagereward", normalised(images)), rtol=1e-4, atol=2e-5)
-        assert (r - independent(there, "imagereward", normalised(images), **trap)).abs().max() > 2e-3
-
-
-def test_raw_imagereward_is_the_mlp(paths):
-    reward, _ = load_reward(f"imagereward:{paths['imagereward']}", CPU)
-    raw = common.ImageReward(file_of(paths, "imagereward"), CPU, raw=True)
-    with torch.no_grad():
-        r, mlp = reward(pictures(32, 32), PROMPTS), raw(pictures(32, 32), PROMPTS)
-    torch.testing.assert_close(mlp, 1.0333394966054072 * r + 0.16717362830052426)
-
-
-def test_pickscore_keeps_its_scale(paths):
-    reward, row = load_reward(f"pick:{paths['pick']}", CPU)
-    with torch.no_grad():
-        r = reward(pictures(42, 42), PROMPTS)
-    cosine = independent(paths, "pick", normalised(pictures(42, 42))) / 100
-    assert weights(file_of(paths, "pick"))["logit_scale"].exp().item() == pytest.approx(100, rel=1e-5)
-    assert r.abs().max() > 1 and (r - cosine).abs().max() > 1
-    assert (row.shift, row.scale) == (20, 10) and (20 - row.shift) / row.scale == 0
+@pytest.mark.parametrize("name", ["toy_pref", "toy_clip", "pick"])
+@torch.no_grad()
+def test_pickscore_is_the_logit_of_clip(name, weights):
+    folder = weights / "pick" if name == "pick" else TOY / name.removeprefix("toy_")
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)(PROMPTS, padding=True, return_tensors="pt")
+    images = pictures(64, 51)
+    pixels = processor(images, do_rescale=False, return_tensors="pt").pixel_values
+    logits = clip(pixel_values=pixels, **tokens).logits_per_image.diag()
+    if name == "toy_clip":
+        logits = logits / clip.logit_scale.exp()
+    torch.testing.assert_close(load(name, folder)(images, PROMPTS), logits, rtol=1e-4, atol=1e-4)
+    assert logits.std() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["hps", "clip", "clip_h"])
-def test_quick_gelu_where_it_belongs(paths, name, tmp_path, monkeypatch):
-    """Of the architecture that each name stands for when no configuration lies beside the file; its sizes are replaced by small ones here."""
-    original, asked = open_clip.get_model_config, []
-
-    def narrow(model):
-        asked.append(model)
-        return dict(original(model), embed_dim=32, vision_cfg=dict(random_weights.VISION), text_cfg=dict(random_weights.TEXT))
-
-    monkeypatch.setattr(open_clip, "get_model_config", narrow)
-    file = shutil.copy(file_of(paths, name), tmp_path)
-    reward, _ = load_reward(f"{name}:{file}", CPU)
-    assert asked == [{"clip": "ViT-B-32-quickgelu"}.get(name, "ViT-H-14")]
-    images = pictures(32, 32)
-    right, wrong = (quick_gelu, F.gelu) if name == "clip" else (F.gelu, quick_gelu)
-    with torch.no_grad():
+@torch.no_grad()
+def test_clipscore_is_the_cosine_of_open_clip(name, weights):
+    clip = open_clip.create_model(f"local-dir:{weights / name}", load_weights=False)
+    clip.load_state_dict(read_state(weights / name / FILES[name]))
+    text = clip.eval().encode_text(open_clip.tokenize(PROMPTS), normalize=True)
+    reward = load(name, weights / name)
+    right, wrong = (pad, crop) if name == "hps" else (crop, pad)
+    for size in [(32, 32), (45, 32), (42, 57)]:
+        images = pictures(*size)
         r = reward(images, PROMPTS)
-        torch.testing.assert_close(r, independent(paths, name, normalised(images), act=right), rtol=1e-4, atol=2e-5)
-        assert (r - independent(paths, name, normalised(images), act=wrong)).abs().max() > 1e-3
+        cosine = (clip.encode_image(right(images, 32), normalize=True) * text).sum(-1)
+        torch.testing.assert_close(r, cosine, rtol=1e-4, atol=2e-5)
+        other = (clip.encode_image(wrong(images, 32), normalize=True) * text).sum(-1)
+        assert ((r - other).abs().max() > 1e-3) == (size != (32, 32))
 
 
-@pytest.mark.parametrize("h, w", [(96, 64), (50, 133), (32, 20), (20, 32), (32, 32), (64, 64)])
-def test_hps_pads_with_black_and_the_others_crop(paths, h, w):
-    images = pictures(h, w)
-    scale = 32 / max(h, w)
-    small = round(h * scale), round(w * scale)
-    padded = vision.resize(images, small, interpolation=vision.InterpolationMode.BICUBIC, antialias=True)
-    y, x = 32 - small[0], 32 - small[1]
-    padded = vision.normalize(vision.pad(padded, [x // 2, y // 2, x - x // 2, y - y // 2], fill=0), CLIP_MEAN, CLIP_STD)
-    ours, cropped = resize_and_normalise(images, 32, CLIP_MEAN, CLIP_STD, pad=True), resize_and_normalise(images, 32, CLIP_MEAN, CLIP_STD)
-    torch.testing.assert_close(ours, padded)
-    canvas = [Image.new("RGB", (32, 32)) for _ in images]                 # and as PIL has it, on 8 bits
-    for c, image in zip(canvas, images):
-        picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy())
-        c.paste(picture.resize(small[::-1], Image.BICUBIC), (x // 2, y // 2))
-    pil = torch.tensor(np.stack([np.asarray(c) for c in canvas])).permute(0, 3, 1, 2) / 255
-    assert (ours - normalised(pil)).abs().max() * max(CLIP_STD) < .03
-    with torch.no_grad():
-        for name in ("hps", "clip_h"):
-            r = load_reward(f"{name}:{paths[name]}", CPU)[0](images, PROMPTS)
-            right, wrong = (ours, cropped) if name == "hps" else (cropped, ours)
-            torch.testing.assert_close(r, independent(paths, name, right), rtol=1e-4, atol=2e-5)
-            assert ((r - independent(paths, name, wrong)).abs().max() > 1e-3) == (h != w)
-
-
-# ------------------------------------------------------------------------------------------------------------------------------------
-# the published sizes, on the meta device
-
-
-def openai_shapes(width, layers, patch, grid, text_width, text_layers, embed, vocab=49408):
-    """{name: shape} of a CLIP as open_clip publishes it, by rule."""
-    shapes = {"visual.class_embedding": (width,), "visual.positional_embedding": (grid ** 2 + 1, width), "visual.proj": (width, embed),
-              "visual.conv1.weight": (width, 3, patch, patch), "positional_embedding": (77, text_width), "text_projection": (text_width, embed),
-              "token_embedding.weight": (vocab, text_width), "logit_scale": ()}
-    norms = [("visual.ln_pre", width), ("visual.ln_post", width), ("ln_final", text_width)]
-    for start, d, n in (("visual.", width, layers), ("", text_width, text_layers)):
-        for b in (f"{start}transformer.resblocks.{i}." for i in range(n)):
-            norms += [(b + "ln_1", d), (b + "ln_2", d)]
-            for name, out, source in (("attn.in_proj_", 3 * d, d), ("attn.out_proj.", d, d), ("mlp.c_fc.", 4 * d, d), ("mlp.c_proj.", d, 4 * d)):
-                shapes |= {f"{b}{name}weight": (out, source), f"{b}{name}bias": (out,)}
-    return shapes | {f"{name}.{x}": (d,) for name, d in norms for x in ("weight", "bias")}
-
-
-VIT_H = openai_shapes(1280, 32, 14, 16, 1024, 24, 1024)
-VIT_B = openai_shapes(768, 12, 32, 7, 512, 12, 512)
-
-
-@pytest.mark.parametrize("name, published, heads", [("ViT-H-14", VIT_H, (16, 16)), ("ViT-B-32-quickgelu", VIT_B, (12, 8))])
-def test_open_clip_has_the_published_names_and_sizes(name, published, heads):
-    with torch.device("meta"):
-        clip = open_clip.CLIP(**open_clip.get_model_config(name))
-    assert random_weights.shapes_of(clip) == published
-    assert len(published) == {"ViT-H-14": 686, "ViT-B-32-quickgelu": 302}[name]
-    assert (clip.visual.transformer.resblocks[0].attn.num_heads, clip.transformer.resblocks[0].attn.num_heads) == heads
-    assert clip.visual.image_size == (224, 224)
-    for tag in {"ViT-H-14": ["laion2b_s32b_b79k"], "ViT-B-32-quickgelu": ["openai"]}[name]:
-        config = open_clip.get_pretrained_cfg(name, tag)
-        assert (config.get("mean") or CLIP_MEAN) == CLIP_MEAN and (config.get("std") or CLIP_STD) == CLIP_STD
-
-
-def test_pickscore_has_the_published_names_and_sizes():
-    with torch.device("meta"):
-        state = CLIPModel(random_weights.clip_h_config(True, 49408)).state_dict()
-        renamed = openai_names(state)
-    assert {k: tuple(v.shape) for k, v in renamed.items()} == VIT_H
-    assert len(state) == len(VIT_H) + 4 * 56                              # q, k, v apart: four tensors more a block
-
-
-def test_imagereward_has_the_published_names_and_sizes():
-    published = random_weights.imagereward_shapes(True, 30524)
-    with torch.device("meta"):
-        net = blip_scorer({k: torch.empty(shape) for k, shape in published.items()})
-    dropped = {"blip.text_encoder.embeddings.position_ids"} | {f"blip.{x}_proj.{y}" for x in ("vision", "text") for y in ("weight", "bias")}
-    assert len(net.state_dict()) == len(published) - len(dropped) and dropped < set(published)
-    v, t = net["vision"].config, net["text"].config
-    assert (v.hidden_size, v.intermediate_size, v.num_hidden_layers, v.num_attention_heads, v.image_size, v.patch_size) == (1024, 4096, 24, 16, 224, 16)
-    assert v.layer_norm_eps == 1e-6 and t.layer_norm_eps == 1e-12 and v.hidden_act == t.hidden_act == "gelu"
-    assert (t.vocab_size, t.hidden_size, t.encoder_hidden_size, t.intermediate_size, t.num_hidden_layers, t.num_attention_heads) == (
-        30524, 768, 1024, 3072, 12, 12)
-    assert sum(math.prod(s) for k, s in published.items() if k not in dropped) * 4 == pytest.approx(1.79e9, rel=5e-3)      # the file's 1.79 GB
-
-
-@pytest.mark.parametrize("name, sizes", [
-    ("sd15", dict(unet=859520964, vae=83653863, text_encoder=123060480)), ("sd21", dict(unet=865910724, vae=83653863, text_encoder=340387840)),
-    ("sdxl", dict(unet=2567463684, vae=83653863, text_encoder=123060480, text_encoder_2=694659840))])
-def test_the_full_size_pipelines_have_the_published_sizes(name, sizes):
-    with torch.device("meta"):
-        parts = {part: build() for part, build in random_weights.modules(name, True, 49408).items()}
-    assert {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()} == sizes
-    assert len(random_weights.clip_tokenizer(True)) == 49408
-
-
-def test_mps_has_the_published_names_and_sizes(paths):
-    full = random_weights.mps_shapes(random_weights.clip_h_config(True, 49408))
-    start = "mps.cross_model.layers.3."
-    assert full[start + "0.fn.to_kv.weight"] == (128, 1024) and full[start + "0.fn.ff.0.weight"] == (8192, 1024)
-    assert full[start + "1.fn.fused_attn_ff_proj.weight"] == (9344, 1024) and full[start + "0.fn.ff.2.weight"] == (1024, 4096)
-    assert sum(math.prod(s) for s in full.values()) * 4 == pytest.approx(4.4e9, rel=.02)                # the file's 4.4 GB
-    assert set(load_file(Path(paths["mps"]) / "model.safetensors")) < set(full)
-
-
-def test_without_a_path_the_published_files_are_asked_for(paths, monkeypatch):
-    """Where each reward looks on the hub, answered here from the small files."""
+@pytest.mark.parametrize("name", ["hps", "clip", "clip_h"])
+def test_a_lone_file_has_the_architecture_of_its_name(name, weights, tmp_path, monkeypatch):
+    original = open_clip.get_model_config
     asked = []
 
-    def hub(repo, filename, **_):
-        asked.append((repo, filename))
-        name = {"xswu/HPSv2": "hps", "THUDM/ImageReward": "imagereward"}[repo]
-        return str(file_of(paths, name))
+    def small_config(model):
+        asked.append(model)
+        parts = dict(vision_cfg=random_weights.VISION, text_cfg=random_weights.TEXT)
+        return {**original(model), "embed_dim": 32, **parts}
 
-    def pretrained(config):
-        asked.append(config["hf_hub"])
-        return str(file_of(paths, "clip" if "patch32" in config["hf_hub"] else "clip_h"))
-
-    monkeypatch.setattr(common, "hf_hub_download", hub)
-    monkeypatch.setattr(open_clip, "download_pretrained", pretrained)
-    monkeypatch.setattr(common, "PickScore", lambda *a: asked.append(a[:2]))
-    for name in NAMES:
-        load_reward(name, CPU)
-    assert asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt"), ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-                     ("THUDM/ImageReward", "ImageReward.pt"), "timm/vit_base_patch32_clip_224.openai/", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K/"]
+    monkeypatch.setattr(open_clip, "get_model_config", small_config)
+    reward = load(name, shutil.copy(weights / name / FILES[name], tmp_path))
+    assert asked == ["ViT-B-32-quickgelu" if name == "clip" else "ViT-H-14"]
+    activations = {type(part).__name__ for part in reward.clip.modules()}
+    assert ("QuickGELU" in activations) == (name == "clip")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# bad weights
+@torch.no_grad()
+def test_imagereward_is_blip(weights, tmp_path):
+    folder, file = copy_of(weights, "imagereward", tmp_path)
+    state = read_state(file)
+    # With small activations a wrong eps shows.
+    for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        state["blip.visual_encoder." + key] *= 0.01
+    write_state(state, file)
+    reward = load("imagereward", folder)
+    raw_reward = rewards.ImageReward(file, CPU, raw=True)
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=35, return_tensors="pt")
+    assert (tokens.input_ids[:, 0] == 101).all()
+    for size in [(32, 32), (42, 57)]:
+        images = pictures(*size)
+        inputs = (state, crop(images, 32), tokens.input_ids)
+        raw = imagereward_score(*inputs, tokens.attention_mask)
+        torch.testing.assert_close(raw_reward(images, PROMPTS), raw, rtol=1e-4, atol=2e-5)
+        r = (raw - 0.16717362830052426) / 1.0333394966054072
+        torch.testing.assert_close(reward(images, PROMPTS), r, rtol=1e-4, atol=2e-5)
+        # This comparison would notice a missing mask, or another eps.
+        assert (imagereward_score(*inputs, torch.ones(3, 35)) - raw).abs().max() > 2e-3
+        wrong_eps = imagereward_score(*inputs, tokens.attention_mask, eps=1e-5)
+        assert (wrong_eps - raw).abs().max() > 2e-3
 
 
-class Code:
-    """Unpickled, it runs."""
-    def __init__(self, marker):
-        self.marker = marker
+@torch.no_grad()
+def test_mps_is_its_published_equations(weights, tmp_path):
+    folder, file = copy_of(weights, "mps", tmp_path)
+    state = read_state(file)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = dict(padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    ids = tokenizer([*PROMPTS, MPS.CONDITION], **options).input_ids
+    # Words that the condition lacks move far away from it, so that they may not be attended.
+    words = state["mps.model.text_model.embeddings.token_embedding.weight"]
+    strange = sorted(set(ids[:3].flatten().tolist()) - set(ids[3].tolist()))
+    shift = 2 * torch.randn(words.shape[1], generator=generator(0, "shift"))
+    words += shift
+    words[strange] -= 2 * shift
+    write_state(state, file)
+    clip = CLIPModel(random_weights.clip_h_config(False, len(tokenizer))).eval()
+    clip.load_state_dict(rewards.take_prefix(state, "mps.model."))
+    text = clip.text_model(ids).last_hidden_state @ clip.text_projection.weight.T
+    end = text[torch.arange(4), ids.argmax(1)]
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    images = pictures(42, 57)
+    pixels = processor(images, do_rescale=False, return_tensors="pt").pixel_values
+    expected = []
+    for i in range(3):
+        closeness = (text[i] @ text[3].T).max(1).values
+        is_attended = closeness / closeness.max() > 0.01
+        assert 0 < is_attended.sum() < 77
+        inputs = (text[i], text[3], end[i], pixels[i : i + 1])
+        expected.append(mps_score(state, clip, *inputs))
+    expected = torch.stack(expected)
+    mps = MPS(file, CPU)
+    torch.testing.assert_close(mps(images, PROMPTS), expected, rtol=0, atol=2e-3)
+    assert expected.std() > 0.1
+    # Every image keeps its own prompt where one comes twice.
+    swapped = mps(images.flip(0), [PROMPTS[2], PROMPTS[2], PROMPTS[0]])
+    torch.testing.assert_close(swapped[[2, 0]], expected[[0, 2]], rtol=0, atol=2e-3)
 
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
-
-def refused(capsys, spec, *words):
-    with pytest.raises(SystemExit) as stop:
-        load_reward(spec, CPU)
-    err = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(err) == 1 and err[0].startswith("error: --reward") or "has no" in err[0]
-    assert all(w in err[0] for w in words), err[0]
-
-
-def copy_of(paths, name, tmp_path):
-    """A copy of a reward's folder and its file of weights in it."""
-    folder = shutil.copytree(Path(file_of(paths, name)).parent, tmp_path / name)
-    return folder, folder / file_of(paths, name).name
-
-
-@pytest.mark.parametrize("name", ["hps", "imagereward", "clip"])
-def test_code_in_a_checkpoint_is_never_run(paths, name, tmp_path, capsys):
-    folder, file = copy_of(paths, name, tmp_path)
-    file = file.with_suffix(".pt")
-    torch.save({"state_dict": dict(weights(file_of(paths, name)), extra=Code(tmp_path / "ran"))}, file)
-    refused(capsys, f"{name}:{file}", "code")
-    assert not (tmp_path / "ran").exists()
-    torch.load(file, weights_only=False)                                  # the file does carry it
-    assert (tmp_path / "ran").exists()
-
-
-def test_pick_reads_only_safetensors(paths, tmp_path, capsys):
-    folder, file = copy_of(paths, "pick", tmp_path)
-    torch.save(dict(load_file(file), extra=Code(tmp_path / "ran")), folder / "pytorch_model.bin")
-    file.unlink()
-    refused(capsys, f"pick:{folder}", "safetensors")
-    assert not (tmp_path / "ran").exists()
+# --------------------------------------------------------------------------------------------------
+# What all rewards have in common
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_that_do_not_fit_are_one_line(paths, name, tmp_path, capsys):
-    folder, file = copy_of(paths, name, tmp_path)
-    state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-
-    def put(tensors):
-        tensors = dict(tensors)
-        save_file(tensors, file, {"format": "pt"}) if file.suffix == ".safetensors" else torch.save(
-            {"state_dict": tensors} if name == "hps" else tensors, file)
-
-    tensors = {k: v.clone() for k, v in state.get("state_dict", state).items()}          # the file they map will be written over
-    key = next(k for k in tensors if k.endswith(("resblocks.1.mlp.c_fc.weight", "layer.1.output.dense.weight", "layers.1.mlp.fc1.weight")))
-    put(tensors)
-    load_reward(f"{name}:{folder}", CPU)
-    put({k: v for k, v in tensors.items() if k != key})
-    refused(capsys, f"{name}:{folder}", key.split("blip.text_encoder.")[-1])
-    put(tensors | {"another.weight": torch.zeros(2)})
-    refused(capsys, f"{name}:{folder}", "another.weight")
-    put(tensors | {key: tensors[key][:-1].clone()})
-    refused(capsys, f"{name}:{folder}")
-    put({})
-    refused(capsys, f"{name}:{folder}")
-    put(tensors)
-    file.write_bytes(file.read_bytes()[:1000])
-    refused(capsys, f"{name}:{folder}")
-    file.write_bytes(b"")
-    refused(capsys, f"{name}:{folder}")
-    file.write_text("<html>not found</html>")
-    refused(capsys, f"{name}:{folder}")
-    file.unlink()
-    refused(capsys, f"{name}:{folder}")
+def test_gradients_reach_the_pixels_and_point_uphill(name, weights):
+    reward = load(name, weights / name)
+    images = pictures(70, 50).requires_grad_()
+    r = reward(images, PROMPTS)
+    assert r.shape == (3,) and r.dtype == torch.float32
+    r[:2].sum().backward()
+    # An image does not change the reward of another one, and the judge itself stays frozen.
+    assert [grad.abs().max().item() > 0 for grad in images.grad] == [True, True, False]
+    network = reward.net if name == "imagereward" else reward.clip
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
+    with torch.no_grad():
+        step = images + 1e-3 * images.grad / images.grad.abs().mean()
+        assert (reward(step, PROMPTS)[:2] > r[:2]).all()
 
 
-def test_other_things_in_a_checkpoint_and_wrong_names(paths, tmp_path, capsys):
-    for content in ([torch.zeros(2)], {"a": 1}, {"state_dict": [1]}, torch.zeros(3), {}):
-        torch.save(content, tmp_path / "x.pt")
-        for name in ("hps", "imagereward"):
-            refused(capsys, f"{name}:{tmp_path / 'x.pt'}")
-    refused(capsys, f"hps:{tmp_path / 'absent.pt'}", "does not exist")
-    refused(capsys, "hpsv2", "did you mean hps")
-    refused(capsys, f"imagereward:{paths['hps']}", "patch_embed")         # another reward's file
-    refused(capsys, f"hps:{file_of(paths, 'imagereward')}", "Missing key")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_is_read_once(name, weights, monkeypatch):
+    reward = load(name, weights / name)
+    owner = reward if name == "imagereward" else reward.clip
+    method = {"imagereward": "tokenizer", "pick": "get_text_features"}.get(name, "encode_text")
+    original = getattr(owner, method)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, counted)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    first = reward(pictures(32, 32), prompts)
+    assert torch.equal(reward(pictures(32, 32), prompts), first)
+    assert len(calls) == 2
 
 
-def test_old_checkpoints_may_carry_position_ids(paths, tmp_path):
-    """Files that transformers saved years ago, PickScore's among them."""
-    folder, file = copy_of(paths, "pick", tmp_path)
-    before = load_reward(f"pick:{folder}", CPU)[0](pictures(42, 42), PROMPTS)
-    old = {f"{x}_model.embeddings.position_ids": torch.arange(n)[None] for x, n in (("text", 77), ("vision", 10))}
-    save_file({k: v.clone() for k, v in load_file(file).items()} | old, file, {"format": "pt"})
-    torch.testing.assert_close(load_reward(f"pick:{folder}", CPU)[0](pictures(42, 42), PROMPTS), before, rtol=1e-4, atol=1e-4)
+def test_every_range_maps_to_about_0_to_1():
+    for name in ("toy_pref", "pick"):
+        row = REWARDS[name]
+        ends = [(r - row.shift) / row.scale for r in (row.low, row.high)]
+        assert ends[0] == 0 and 0.3 < ends[1] < 1.1
+    # ReFL's hinge needs ImageReward's own scale, and cosines are in [0, 1] already.
+    others = [row for name, row in REWARDS.items() if name not in ("toy_pref", "pick")]
+    assert all((row.shift, row.scale) == (0, 1) for row in others)
+    # The second judge of the toy world is never a training reward.
+    assert "toy_pref_b" not in REWARDS
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------
-# the command line on models in the published layout
+def test_without_a_path_the_published_files_are_used(weights, monkeypatch):
+    asked = []
+
+    def hub(repo, filename, **options):
+        asked.append((repo, filename))
+        return weights / {"xswu/HPSv2": "hps", "THUDM/ImageReward": "imagereward"}[repo] / filename
+
+    def open_clip_hub(config):
+        asked.append(config["hf_hub"].strip("/"))
+        name = "clip" if "patch32" in config["hf_hub"] else "clip_h"
+        return str(weights / name / FILES[name])
+
+    monkeypatch.setattr(rewards, "cached_file", hub)
+    monkeypatch.setattr(open_clip, "download_pretrained", open_clip_hub)
+    monkeypatch.setattr(rewards, "PickScore", lambda *args: asked.append(args[:2]))
+    for name in NAMES:
+        load_reward(name, CPU)
+    clip_h = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert asked == [
+        ("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+        ("yuvalkirstain/PickScore_v1", clip_h),
+        ("THUDM/ImageReward", "ImageReward.pt"),
+        "timm/vit_base_patch32_clip_224.openai",
+        clip_h,
+    ]
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
-def test_pipelines_in_the_published_layout_load(paths, name):
-    """The fp16 variant for a LoRA, the fp32 files (here the same numbers) for full fine-tuning; tokens of vocab.json and merges.txt."""
-    folder = Path(paths[name])
-    assert (folder / "tokenizer" / "merges.txt").is_file() and not (folder / "tokenizer" / "tokenizer.json").exists()
-    outs = []
-    for full in (False, True):
-        model = load_model(paths[name], CPU, full=full)
-        cond = common.condition(model, PROMPTS[:2])
-        latents = initial_latents(model, [generator(0, i) for i in range(2)])
-        with torch.no_grad():
-            outs.append(denoise(model, latents, torch.tensor(501), cond))
-    assert model.resolution == 64 and outs[0].isfinite().all()
-    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
-    assert model.pipe.tokenizer(PROMPTS[0]).input_ids == random_weights.clip_tokenizer(False)(PROMPTS[0]).input_ids
-    assert (cond["encoder_hidden_states"][0] - cond["encoder_hidden_states"][1]).abs().max() > .01
+def test_published_sizes():
+    """Without weights, on the meta device: what the real files must have for us to load them."""
+    with torch.device("meta"):
+        shapes = random_weights.imagereward_shapes(True, 30524)
+        net = rewards.build_blip_scorer({key: torch.empty(shapes[key]) for key in shapes})
+        config = random_weights.clip_h_config(True, 49408)
+        clip = CLIPModel(config)
+        ours = rewards.build_clip_config(clip.state_dict())
+        assert random_weights.shapes_of(CLIPModel(ours)) == random_weights.shapes_of(clip)
+        vit_h = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+    assert len(vit_h.state_dict()) == 686
+    vision, text = net["vision"].config, net["text"].config
+    assert (vision.num_attention_heads, vision.image_size) == (16, 224)
+    assert (vision.layer_norm_eps, text.layer_norm_eps) == (1e-6, 1e-12)
+    assert (text.num_attention_heads, text.encoder_hidden_size) == (12, 1024)
+    for ours_of, theirs in (
+        (ours.text_config, config.text_config),
+        (ours.vision_config, config.vision_config),
+    ):
+        for key in ("num_attention_heads", "hidden_act", "layer_norm_eps"):
+            assert getattr(ours_of, key) == getattr(theirs, key)
+    mps = random_weights.mps_shapes(config)
+    # The files on the hub have 1.79 GB and 4.4 GB.
+    assert 4 * sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(1.79e9, rel=0.01)
+    assert 4 * sum(math.prod(shape) for shape in mps.values()) == pytest.approx(4.4e9, rel=0.02)
 
 
-def cli(*argv):
-    """The script as it is run, in this process."""
-    refl = importlib.import_module("refl")
-    refl.main(refl.parse_args([str(a) for a in argv]))
+# --------------------------------------------------------------------------------------------------
+# Weights that are refused
 
 
-@pytest.mark.parametrize("model, reward", [("sd15", "hps"), ("sdxl", "imagereward")])
-def test_refl_on_the_published_layouts(paths, tmp_path, model, reward, capsys):
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n")
-    (tmp_path / "t.txt").write_text("a boat\n")
-    out = tmp_path / "run"
-    argv = ["--model", paths[model], "--reward", f"{reward}:{paths[reward]}", "--prompts", tmp_path / "p.txt", "--test_prompts", tmp_path / "t.txt",
-            "--batch_size", 2, "--num_inference_steps", 3, "--first_mid", 1, "--last_mid", 2, "--lr", 1e-2, "--lora_rank", 4, "--out", out,
-            "--device", "cpu"]
-    cli(*argv, "--train_steps", 1)
-    cli(*argv, "--train_steps", 3, "--resume")
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in log] == [1, 2, 3] and all(row["grad_norm"] > 0 and math.isfinite(row["reward"]) for row in log)
-    row = REWARDS[reward]
-    assert f"known range {row.low:g} to {row.high:g}" in capsys.readouterr().out
-    tuned = load_model(paths[model], CPU)
-    tuned.pipe.load_lora_weights(out / "lora")
-    assert any(p.abs().max() > 0 for n, p in tuned.denoiser.named_parameters() if "lora_B" in n)
+class Code:
+    """Whoever unpickles this creates a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
 
 
-def test_a_bad_reward_stops_the_command_before_the_model_is_loaded(paths, tmp_path, capsys):
-    """And open_clip, seconds of imports, is loaded by none but its users."""
-    argv = ["--model", paths["sd15"], "--prompts", "p.txt", "--test_prompts", "p.txt", "--out", str(tmp_path / "run"), "--reward"]
-    code = f"import sys, refl; refl.parse_args([]); assert 'open_clip' not in sys.modules; refl.main(refl.parse_args({argv + ['hsp']}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --reward hsp") and len(done.stderr.strip().splitlines()) == 1
+def refused(spec, *words):
+    """One line, without a traceback, that holds these words."""
     with pytest.raises(SystemExit) as stop:
-        cli(*argv, f"hps:{tmp_path / 'no.pt'}")
-    assert stop.value.code == 2 and "does not exist" in capsys.readouterr().err and not (tmp_path / "run").exists()
+        load_reward(spec, CPU)
+    message = stop.value.code
+    assert message.startswith("--reward") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_do_not_fit(name, weights, tmp_path):
+    folder, file = copy_of(weights, name, tmp_path)
+    state = read_state(file)
+    ends = ("resblocks.1.mlp.c_fc.weight", "layer.1.output.dense.weight", "layers.1.mlp.fc1.weight")
+    key = next(key for key in state if key.endswith(ends))
+    short_key = key.removeprefix("blip.text_encoder.")
+    extra = {**state, "another.weight": torch.zeros(2)}
+    for changed, words in (
+        ({k: v for k, v in state.items() if k != key}, [short_key]),
+        (extra, ["another.weight"]),
+        ({**state, key: state[key][:-1].clone()}, []),
+        ({}, []),
+    ):
+        write_state(changed, file)
+        refused(f"{name}:{folder}", *words)
+    write_state(state, file)
+    load(name, folder)
+    for content in (file.read_bytes()[:1000], b"", b"<html>not found</html>"):
+        file.write_bytes(content)
+        refused(f"{name}:{folder}", "cannot load its weights")
+    file.unlink()
+    refused(f"{name}:{folder}")
+
+
+@pytest.mark.parametrize("name", ["hps", "imagereward", "pick"])
+def test_code_in_a_checkpoint_is_never_run(name, weights, tmp_path):
+    folder, file = copy_of(weights, name, tmp_path)
+    state = {**read_state(file), "extra": Code()}
+    file.unlink()
+    file = file if name != "pick" else folder / "pytorch_model.bin"
+    torch.save(state, file)
+    refused(f"{name}:{folder}", "safetensors" if name == "pick" else "we run no code")
+    assert not Path("ran").exists()
+    torch.load(file, weights_only=False)
+    assert Path("ran").exists()
+
+
+def test_wrong_names_and_files(weights, tmp_path):
+    refused("hpsv2", "no such reward", "hps")
+    refused("", "is needed")
+    refused("hps:absent.pt", "absent.pt does not exist")
+    for content in ([torch.zeros(2)], {"a": 1}, torch.zeros(3)):
+        torch.save(content, tmp_path / "x.pt")
+        refused(f"imagereward:{tmp_path}/x.pt", "no state dict")
+    refused(f"hps:{weights}/imagereward/ImageReward.pt", "Missing key")
+    refused(f"imagereward:{weights}/hps/{FILES['hps']}", "patch_embed")
+    for key in ("mps.cross_model.layers.3.1.fn.attn_out.weight", "mps.model.logit_scale"):
+        state = read_state(weights / "mps" / FILES["mps"])
+        del state[key]
+        write_state(state, tmp_path / "mps.safetensors")
+        with pytest.raises((KeyError, ValueError), match=key.split("model.")[-1]):
+            MPS(tmp_path / "mps.safetensors", CPU)
+
+
+def test_old_files_may_hold_position_ids(weights, tmp_path):
+    before = load("pick", weights / "pick")(pictures(42, 42), PROMPTS)
+    folder, file = copy_of(weights, "pick", tmp_path)
+    state = read_state(file)
+    state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    write_state(state, file)
+    assert torch.equal(load("pick", folder)(pictures(42, 42), PROMPTS), before)
+
+
+# --------------------------------------------------------------------------------------------------
+# The detector
+
+
+@torch.no_grad()
+def test_detector_folder():
+    images = pictures(50, 133)
+    confidence = load_detector(TOY / "detector", CPU)(images)
+    net = AutoModelForSemanticSegmentation.from_pretrained(TOY / "detector", dtype=torch.float32)
+    x = T.Resize((64, 64), InterpolationMode.BILINEAR, antialias=True)(images)
+    x = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)
+    logits = F.interpolate(net.eval()(x).logits, (64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(confidence, logits[:, 0].sigmoid())
+
+
+@torch.no_grad()
+def test_detector_file_and_save(tmp_path):
+    options = dict(hidden_sizes=[4, 8, 10, 16], depths=[1, 2, 1, 1], decoder_hidden_size=8)
+    torch.manual_seed(0)
+    net = SegformerForSemanticSegmentation(SegformerConfig(num_labels=1, **options)).eval()
+    torch.save(net.state_dict(), tmp_path / "segformer.pth")
+    detector = load_detector(tmp_path / "segformer.pth", CPU)
+    images = pictures(512, 512)
+    x = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(images)
+    logits = F.interpolate(net(x).logits, (512, 512), mode="bilinear", align_corners=False)
+    confidence = detector(images)
+    torch.testing.assert_close(confidence, logits[:, 0].sigmoid())
+    # What we save, we open again.
+    detector.save(tmp_path)
+    assert torch.equal(load_detector(tmp_path / "detector", CPU)(images), confidence)
+    state = net.state_dict()
+    del state["decode_head.classifier.bias"]
+    torch.save(state, tmp_path / "segformer.pth")
+    with pytest.raises(SystemExit, match="--detector .*decode_head.classifier.bias is missing"):
+        load_detector(tmp_path / "segformer.pth", CPU)
+    two = SegformerForSemanticSegmentation(SegformerConfig(num_labels=2, **options))
+    two.save_pretrained(tmp_path / "detector")
+    with pytest.raises(SystemExit, match="it has 2 classes; a detector has one"):
+        load_detector(tmp_path / "detector", CPU)

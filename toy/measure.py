@@ -1,9 +1,12 @@
-"""Measures what the toy world's diffusion model can do, on held-out prompts, and draws the pictures of toy/README.md.
+"""Measures what the toy world's diffusion models can do on held-out prompts.
 
-  $ python toy/measure.py                 # the model, then the judges (python -m toy.quality)
-  $ python toy/measure.py --model toy-flux    # the flow, in five steps without guidance; no judges
-  $ python toy/measure.py --model DIR     # another one
+It also draws the pictures of toy/README.md.
+
+  $ python toy/measure.py                     # toy/sd, then the judges (python -m toy.quality)
+  $ python toy/measure.py --model toy-flux    # the flow in five steps, without guidance and judges
+  $ python toy/measure.py --model DIR         # another model
 """
+
 import argparse
 import json
 import sys
@@ -14,106 +17,175 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))          # run as a script: find the packages `toy` and `common`
-from common import condition, decode, denoise, generate, generator, initial_latents, load_model, make_scheduler, pick_device, read_prompts, save_grid, to_pil
+# Run as a script: Python finds our modules in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import condition, decode_in_parts, denoise, generator, initial_latents, load_model
+from common import make_scheduler, pick_device
+from data.prompts import read_prompts
+from run_folder import generate, save_grid, to_pil
 from toy import oracle, quality
 from toy.training import ROOT
 
-SAMPLER = dict(scheduler="ddim", eta=0., num_inference_steps=20, guidance_scale=4.)
-FLOW_SAMPLER = dict(scheduler="euler", eta=0., num_inference_steps=5, guidance_scale=1.)
+SAMPLER = dict(scheduler="ddim", eta=0.0, num_inference_steps=20, guidance_scale=4.0)
+FLOW_SAMPLER = dict(scheduler="euler", eta=0.0, num_inference_steps=5, guidance_scale=1.0)
+# The small images that the tests make again.
+REFERENCE_PROMPTS = ["a red circle", "a blue square left of a yellow circle"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Fusion influence
 
 
 class SharedKeys:
-    """Attention processor: with `on`, the last third of each guidance half [reference | base | fused] attends to the reference's keys and
-    values instead of its own, in self-attention only."""
+    """Attention processor for a batch of thirds [reference | base | fused], with guidance twice.
+
+    With `on`, the last third attends to the reference's keys and values instead of its own, in
+    self-attention only.
+    """
+
     on = False
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs):
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        if self.on and encoder_hidden_states is None:
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **_
+    ):
+        is_self_attention = encoder_hidden_states is None
+        context = hidden_states if is_self_attention else encoder_hidden_states
+        q = attn.to_q(hidden_states)
+        k = attn.to_k(context)
+        v = attn.to_v(context)
+        if self.on and is_self_attention:
             n = len(k) // 6
             source = torch.arange(6 * n).view(2, 3, n)
             source[:, 2] = source[:, 0]
-            k, v = k[source.flatten()], v[source.flatten()]
+            k = k[source.flatten()]
+            v = v[source.flatten()]
+        # (B, tokens, width) -> (B, heads, tokens, width of a head)
         q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
 
 @torch.no_grad()
-def fusion_influence(model, prompts, num_images=8, guidance_scale=5., steps=20, unfused=2):
-    """How far the mid and up blocks' self-attention carries appearance: mean |base - fused| / mean |base - reference| in pixels, where
-    `fused` is `base` (same x_T, same step noise) with all keys and values replaced by the reference's in steps 18..1 of 20 (DDIM, eta 1).
+def fusion_influence(model, prompts, num_images=8, guidance_scale=5.0, steps=20, unfused=2):
+    """How far the self-attention of the mid and up blocks carries appearance.
 
-    Returns the ratio, and the three image batches (N, 3, H, W).
+    It is mean |base - fused| / mean |base - reference| in pixels. `fused` is `base`, with the same
+    x_T and step noise, but with all keys and values replaced by the reference's after the first
+    `unfused` steps (DDIM, eta 1). Returns the ratio, and the three image batches (N, 3, H, W).
     """
-    keys, stock, scheduler = SharedKeys(), model.denoiser.attn_processors, make_scheduler(model, "ddim", steps)
-    each = [p for p in prompts for _ in range(num_images)]
-    reference, base = ([generator(0, name, i) for i in range(len(each))] for name in ("reference", "base"))
-    x = initial_latents(model, reference + base)
-    x = torch.cat([x, x[len(each):]])
-    cond, uncond = condition(model, each * 3), condition(model, [None] * len(x))
+    keys = SharedKeys()
+    stock = model.denoiser.attn_processors
+    processors = {}
+    for name, processor in stock.items():
+        processors[name] = keys if name.startswith(("mid", "up")) else processor
+
+    scheduler = make_scheduler(model, "ddim", steps)
+    prompt_per_image = [prompt for prompt in prompts for _ in range(num_images)]
+    n = len(prompt_per_image)
+    generators = [generator(0, "reference", i) for i in range(n)]
+    generators += [generator(0, "base", i) for i in range(n)]
+    x = initial_latents(model, generators)
+    x = torch.cat([x, x[n:]])  # reference, base, fused
+    cond = condition(model, prompt_per_image * 3)
+    uncond = condition(model, [None] * len(x))
     try:
-        model.denoiser.set_attn_processor({k: keys if k.startswith(("mid", "up")) else p for k, p in stock.items()})
+        model.denoiser.set_attn_processor(processors)
         for i, t in enumerate(tqdm(scheduler.timesteps, desc="fusion influence")):
             keys.on = i >= unfused
-            noise = initial_latents(model, reference + base)
-            x = scheduler.step(denoise(model, x, t, cond, guidance_scale, uncond), t, x, eta=1., variance_noise=torch.cat([noise, noise[len(each):]])).prev_sample
+            # The generators continue: one step's noise, the same for base and fused.
+            noise = initial_latents(model, generators)
+            noise = torch.cat([noise, noise[n:]])
+            noise_pred = denoise(model, x, t, cond, guidance_scale, uncond)
+            x = scheduler.step(noise_pred, t, x, eta=1.0, variance_noise=noise).prev_sample
     finally:
         model.denoiser.set_attn_processor(stock)
-    reference, base, fused = decode(model, x).chunk(3)
-    return ((base - fused).abs().mean() / (base - reference).abs().mean()).item(), (reference, base, fused)
+    reference, base, fused = decode_in_parts(model, x, 64).chunk(3)
+    ratio = (base - fused).abs().mean() / (base - reference).abs().mean()
+    return ratio.item(), (reference, base, fused)
 
 
-def save_picture(images, name, columns):
-    """A grid in toy/pictures, of 256 colours: at most 150 KB."""
-    path = ROOT / "pictures" / f"{name}.png"
+# --------------------------------------------------------------------------------------------------
+# Pictures and rates
+
+
+def save_picture(images, path, columns):
+    """A grid of 256 colors, at most 150 KB."""
     save_grid(images, path, columns)
     Image.open(path).quantize(256).save(path, optimize=True)
 
 
-def save_reference(model, sampler, name):
-    """Two small images that the tests make again: have the weights, or diffusers, changed?"""
-    images = generate(model, ["a red circle", "a blue square left of a yellow circle"], 0, sampler)
-    to_pil(torch.cat(list(images), 2)).save(ROOT / "pictures" / f"{name}.png")
+def save_reference(model, sampler, path):
+    """Two small images that the tests make again: have the weights or diffusers changed?"""
+    images = generate(model, REFERENCE_PROMPTS, 0, sampler)
+    to_pil(torch.cat(list(images), 2)).save(path)
 
 
 def correct_rates(model, prompts, num_images, sampler, seed=0):
-    """Shares of the images that the oracle calls right, wrong, and abstains on; whose nearest reading is the caption (oracle.recognised); and with
-    a detector confidence above .5."""
+    """Measures num_images images per prompt -> a dict of shares, and the images.
+
+    True, False, None    the oracle says right, says wrong, abstains
+    recognised           the nearest reading of the image is its prompt
+    artifacts            the detector's confidence is above 0.5 somewhere
+    images               how many there are, no share
+    """
     images = generate(model, prompts, seed, sampler, num_images)
-    each = [p for p in prompts for _ in range(num_images)]
-    verdicts = [oracle.correct(image, prompt) for image, prompt in zip(images, each)]
+    prompt_per_image = [prompt for prompt in prompts for _ in range(num_images)]
+    verdicts = []
+    nearest = []
+    for image, prompt in zip(images, prompt_per_image):
+        verdicts.append(oracle.correct(image, prompt))
+        nearest.append(oracle.recognised(image, prompt))
     confidence = quality.artifact_confidence(images).flatten(1).amax(1)
-    rates = {str(v): verdicts.count(v) / len(verdicts) for v in (True, False, None)}
-    nearest = [oracle.recognised(image, prompt) for image, prompt in zip(images, each)]
-    return dict(rates, recognised=sum(nearest) / len(nearest), artifacts=(confidence > .5).float().mean().item(), images=len(images)), images
+    rates = {str(verdict): oracle.share(verdicts, verdict) for verdict in (True, False, None)}
+    rates["recognised"] = sum(nearest) / len(nearest)
+    rates["artifacts"] = (confidence > 0.5).float().mean().item()
+    rates["images"] = len(images)
+    return rates, images
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="toy", help="another model folder in its place")
-    parser.add_argument("--no_judges", action="store_true", help="the diffusion model alone")
-    args = parser.parse_args()
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        "measure.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="toy", help="toy, toy-flux, or another model's folder")
+    add("--no_judges", action="store_true", help="measure the diffusion model alone")
+    add("--out", type=Path, default=ROOT / "pictures", help="folder for the pictures")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    model, prompts = load_model(args.model, pick_device("auto")), read_prompts(ROOT / "prompts_test.txt")
-    one, two = [p for p in prompts if p.count(" a ") == 0], [p for p in prompts if p.count(" a ") == 1][:40]
-    sampler = FLOW_SAMPLER if model.flow else SAMPLER
-    for guidance_scale in (1.,) if model.flow else (4., 1.):
-        for name, part, num_images in (("one object", one, 24), ("two objects", two, 4)):
-            rates, images = correct_rates(model, part, num_images, dict(sampler, guidance_scale=guidance_scale))
-            print(f"guidance {guidance_scale:g}, {name:<11}", {k: round(v, 3) for k, v in rates.items()}, flush=True)
-            if name == "two objects":
-                save_picture(images[:96].unflatten(0, (24, 4))[:, :2].flatten(0, 1), "flux" if model.flow else f"guidance_{guidance_scale:g}", 12)
-    save_reference(model, sampler, "flux_reference" if model.flow else "reference")
-    if model.flow:
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = load_model(args.model, pick_device("auto"))
+    prompts = read_prompts(ROOT / "prompts_test.txt")
+    one = [prompt for prompt in prompts if prompt.count(" a ") == 0]
+    two = [prompt for prompt in prompts if prompt.count(" a ") == 1][:40]
+    sampler = FLOW_SAMPLER if model.is_flow else SAMPLER
+    for guidance_scale in (1.0,) if model.is_flow else (4.0, 1.0):
+        sampler = dict(sampler, guidance_scale=guidance_scale)
+        rates, _ = correct_rates(model, one, 24, sampler)
+        print_rates(guidance_scale, "one object", rates)
+        rates, images = correct_rates(model, two, 4, sampler)
+        print_rates(guidance_scale, "two objects", rates)
+        # The first two images of each of 24 prompts.
+        pairs = images[:96].unflatten(0, (24, 4))[:, :2].flatten(0, 1)
+        name = "flux" if model.is_flow else f"guidance_{guidance_scale:g}"
+        save_picture(pairs, args.out / f"{name}.png", 12)
+
+    if model.is_flow:
+        save_reference(model, FLOW_SAMPLER, args.out / "flux_reference.png")
         return
-    influence, pictures = fusion_influence(model, prompts[:8])
+    save_reference(model, SAMPLER, args.out / "reference.png")
+    influence, batches = fusion_influence(model, prompts[:8])
     print(f"fusion influence {influence:.3f}")
-    save_picture(torch.stack(pictures, 1)[::4].transpose(0, 1).flatten(0, 1), "fusion", 16)
+    # Every fourth image; a row each for reference, base and fused.
+    rows = torch.stack(batches, 1)[::4].transpose(0, 1).flatten(0, 1)
+    save_picture(rows, args.out / "fusion.png", 16)
     if not args.no_judges:
         print(json.dumps(quality.measure(), indent=1))
+
+
+def print_rates(guidance_scale, what, rates):
+    figures = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+    print(f"guidance {guidance_scale:g}, {what}: {figures}", flush=True)
 
 
 if __name__ == "__main__":

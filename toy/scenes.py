@@ -196,7 +196,7 @@ def signed_distance(x, y, vertices):
         # t says how far along the edge its nearest point is.
         t = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
         squared = np.minimum(squared, (px - t * ex) ** 2 + (py - t * ey) ** 2)
-        # A ray to the left crosses this edge or not: an odd number of crossings means inside.
+        # A ray to the right crosses this edge or not. An odd number of crossings means inside.
         if ay != by:
             crosses = (ay <= y) != (by <= y)
             inside ^= crosses & (x < ax + (y - ay) * ex / ey)

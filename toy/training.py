@@ -1,4 +1,4 @@
-"""The training loop that all networks of the toy world share: cosine learning rate, exact resume."""
+"""The training loop of all networks of the toy world: cosine learning rate, exact resume."""
 
 import math
 import time

@@ -1,0 +1,20 @@
+"""Do D-Fusion's pairs teach more than naive ones? Its pairs, their gradients, and the training.
+
+  dfusion_pairs.py        what the pairs look like, and which layers and steps make them
+  dfusion_gradients.py    whether the gradients of two rounds agree, and with the reward's
+  dfusion_training.py     what 21 training runs learn
+
+Prints   the tables of the three, in this order.
+Took     two hours or so on two CPU cores, most of it for the 21 runs.
+"""
+
+from .dfusion_gradients import measure_gradients
+from .dfusion_pairs import measure_pairs
+from .dfusion_training import measure_training
+
+
+def dfusion(out, jobs):
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [*measure_pairs(out), *measure_gradients(out), *measure_training(out, jobs)]
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))

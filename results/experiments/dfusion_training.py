@@ -1,0 +1,159 @@
+"""Do fused pairs teach more than naive ones, on unseen prompts? D-Fusion's Figures 6 and 7.
+
+And section 4.4's ablation: what if the trajectories come from DDIM inversion?
+
+Runs     21 of dfusion_dpo.py: DPO, DDPO and DPOK, each fused and naive, and DPO with inverted
+         trajectories; seeds 0 to 2; 32 updates, which are 16 rounds of 64 images. Then 8 images of
+         each of 40 unseen prompts after 16 and 32 updates, and of the base model, at seeds that
+         training never saw.
+Prints   a table of the change from the base model, and fused minus naive for each seed.
+Draws    dfusion_training.png: two metrics over the images that went through the U-Net.
+Took     about 2 minutes per run on a CPU core.
+"""
+
+import itertools
+import json
+import re
+
+import torch
+
+from common import ROOT, encode_once, load_lora, load_model
+from data.items import read_items
+from rewards import load_reward
+from run_folder import generate, save_grid, score
+
+from .tools import CPU, JUDGE_BATCH, NUM_IMAGES, NUM_PROMPTS, SEEDS, Judges, describe_differences
+from .tools import format_mean, mean, read_lines, repeat, save_figure, subplots, table_head
+from .tools import table_line, together, train
+
+ALGOS = ("dpo", "ddpo", "dpok")
+METHODS = {"fused": (), "naive": ("--naive",)}
+INVERTED = "dpo, fused, inverted trajectories"
+SNAPSHOTS = (16, 32)  # updates; two of them make a round of 64 images, 8 prompts x 8
+# The rest are toy's defaults, which come from what dfusion_gradients.py finds.
+FLAGS = ("--micro_batch", 32, "--train_steps", SNAPSHOTS[-1], "--save_every", SNAPSHOTS[0])
+
+
+def kinds_of_runs():
+    """{kind of run: its flags}."""
+    kinds = {}
+    for algo in ALGOS:
+        for method, flags in METHODS.items():
+            kinds[f"{algo}, {method}"] = ("--algo", algo, *flags)
+    kinds[INVERTED] = ("--algo", "dpo", "--trajectory", "inversion")
+    return kinds
+
+
+def measure_training(out, jobs):
+    """-> the lines of the tables."""
+    kinds = kinds_of_runs()
+    names = [(kind, seed) for seed in SEEDS for kind in kinds]
+
+    def train_kind(kind, seed):
+        folder = f"{re.sub(', | ', '_', kind)}_{seed}"
+        return train(out, folder, "dfusion_dpo", *FLAGS, *kinds[kind], "--seed", seed)
+
+    runs = dict(zip(names, together(jobs, train_kind, names)))
+    logs = {name: read_lines(run / "log.jsonl") for name, run in runs.items()}
+
+    torch.set_num_threads(1)
+    unseen = UnseenPrompts(out, next(iter(runs.values())))
+    base = unseen.measure(None)
+    change = {}
+    for (kind, seed), step in itertools.product(runs, SNAPSHOTS):
+        row = unseen.measure(runs[kind, seed] / "lora" / f"step_{step:06d}")
+        change[kind, seed, step] = {metric: row[metric] - base[metric] for metric in base}
+
+    plot_training(change, logs)
+    return table_of_changes(kinds, base, change, logs) + fused_minus_naive(base, change)
+
+
+class UnseenPrompts:
+    """Measures a snapshot on unseen prompts, at seeds that training never saw."""
+
+    def __init__(self, out, run):
+        items = f"{ROOT}/data/dfusion_toy.json"
+        self.prompts = read_items(items, "both")[1][:NUM_PROMPTS]
+        self.folder = out / "measured"
+        self.sampler = json.loads((run / "config.json").read_text())["sampler"]
+        self.reward, _ = load_reward("toy_clip", CPU)
+        self.judges = Judges()
+
+    def measure(self, lora):
+        """A snapshot, or None for the base model -> {metric: its mean}, made once."""
+        name = f"{lora.parent.parent.name}_{lora.name}" if lora else "base"
+        done = self.folder / f"{name}.json"
+        if not done.exists():
+            self.folder.mkdir(exist_ok=True)
+            model = load_model("toy", CPU)
+            encode_once(model, self.prompts)
+            if lora:
+                load_lora(model, lora)
+            images = generate(model, self.prompts, 1, self.sampler, NUM_IMAGES)
+            r = score(self.reward, images, repeat(self.prompts, NUM_IMAGES), JUDGE_BATCH)
+            row = dict(toy_clip=r.mean().item())
+            row.update(self.judges(images, self.prompts, NUM_IMAGES))
+            done.write_text(json.dumps(row) + "\n")
+            save_grid(images[: 8 * NUM_IMAGES], done.with_suffix(".png"), columns=NUM_IMAGES)
+        return json.loads(done.read_text())
+
+
+def total_passes(log, step):
+    """How many images went through the U-Net until an update. With guidance each counts twice."""
+    return sum(row["passes"] for row in log if row["step"] <= step)
+
+
+def table_of_changes(kinds, base, change, logs):
+    """The lines of the table: a row for each kind and snapshot."""
+    before = ", ".join(f"{metric} {value:.3f}" for metric, value in base.items())
+    lines = [
+        f"\nunseen prompts, the change from the base model at the same seeds ({before})\n",
+        *table_head(["images", "passes", "adopted", *base]),
+    ]
+    for step, kind in itertools.product(SNAPSHOTS, kinds):
+        first_log = [row for row in logs[kind, SEEDS[0]] if row["step"] <= step]
+        adopted = []
+        for seed in SEEDS:
+            for row in logs[kind, seed]:
+                if row["step"] <= step and "adoption" in row:
+                    adopted.append(row["adoption"])
+        cells = [f"{first_log[-1]['images']:,}", f"{total_passes(first_log, step):,}"]
+        cells.append(f"{mean(adopted):.2f}" if adopted else "")
+        for metric in base:
+            values = [change[kind, seed, step][metric] for seed in SEEDS]
+            cells.append(format_mean(values, 4, "+"))
+        lines.append(table_line(kind, cells))
+    return lines
+
+
+def fused_minus_naive(base, change):
+    """The lines that pair fused and naive runs by seed."""
+    lines = ["\nfused minus naive, mean (each seed)\n"]
+    for step, algo in itertools.product(SNAPSHOTS, ALGOS):
+        differences = {}
+        for metric in base:
+            differences[metric] = []
+            for seed in SEEDS:
+                fused = change[f"{algo}, fused", seed, step][metric]
+                naive = change[f"{algo}, naive", seed, step][metric]
+                differences[metric].append(fused - naive)
+        lines.append(f"  {algo:<5}{step} updates  " + describe_differences(differences))
+    return lines
+
+
+def plot_training(change, logs):
+    """Draws the change of two metrics over the images through the U-Net, one line per run."""
+    figure, axes = subplots(2, 3, 3.7, 3, sharey="row")
+    for axes_of_algo, algo in zip(axes.T, ALGOS):
+        for method, color in zip(METHODS, ("tab:blue", "tab:red")):
+            for seed in SEEDS:
+                kind = f"{algo}, {method}"
+                x = [total_passes(logs[kind, seed], step) / 1000 for step in (0, *SNAPSHOTS)]
+                for axis, metric in zip(axes_of_algo, ("toy_clip", "toy_correct")):
+                    y = [0] + [change[kind, seed, step][metric] for step in SNAPSHOTS]
+                    label = method if seed == SEEDS[0] else None
+                    axis.plot(x, y, "o-", color=color, markersize=3, label=label)
+                    axis.set(title=f"{algo}: {metric}, change")
+                    axis.set(xlabel="thousand images through the U-Net")
+    axes[0, 0].legend(fontsize=8)
+    save_figure(figure, "dfusion_training.png", dpi=80)

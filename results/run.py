@@ -1,0 +1,49 @@
+"""Runs the experiments behind the pages in results/: each prints its figures and draws its pictures.
+
+An experiment that was interrupted goes on where it stopped: what is done is not done again. The
+file experiments/NAME.py says what NAME asks, what it runs, and how long that took.
+
+  $ OMP_NUM_THREADS=1 python results/run.py refl --jobs 2           # 3 runs and their images
+  $ OMP_NUM_THREADS=1 python results/run.py imagerefl --jobs 2      # 12 more runs; it uses refl's
+  $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 12 short runs
+  $ OMP_NUM_THREADS=1 python results/run.py dfusion --jobs 2        # pairs, gradients, 21 runs
+  $ OMP_NUM_THREADS=1 python results/run.py diffdoctor              # 12 detectors, 24 treatments
+  $ OMP_NUM_THREADS=1 python results/run.py dreambooth              # 3 LoRAs, each treated twice
+
+Runs, images and tables go to OUT/NAME, and the pictures to results/pictures. The training seed is
+the unit: a figure is the mean over seeds, with the standard deviation over seeds behind the ±.
+Held-out prompts and image seeds are the same for every row.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Python must find our packages, wherever this file is started from.
+sys.path.insert(0, str(ROOT))
+EXPERIMENTS = ("refl", "imagerefl", "focus_n_fix", "dfusion", "diffdoctor", "dreambooth")
+
+
+def find_experiment(name):
+    """The function that runs an experiment: it has the name of its file."""
+    module = importlib.import_module(f"results.experiments.{name}")
+    return getattr(module, name)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        "results/run.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("experiment", choices=EXPERIMENTS, help="which experiment to run")
+    add("--out", type=Path, default=ROOT / "results" / "work", help="folder for all it makes")
+    add("--jobs", type=int, default=2, help="processes at a time; then set OMP_NUM_THREADS=1")
+    args = parser.parse_args()
+    experiment = find_experiment(args.experiment)
+    experiment((args.out / args.experiment).resolve(), args.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""Invariant 7: every command of the README and of results/ parses, every script runs through its
+command line, and the mistakes that people really make end in one clear line."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, ROOT, read_log, read_weights_of_run, run_script, same_tensors
+from conftest import training_commands
+from safetensors.torch import load_file, save_file
+
+import combined_sample
+import dfusion_dpo
+import diffdoctor
+import evaluate
+import focus_n_fix
+import imagerefl
+import refl
+from common import TOY, load_model
+from data import coco, labels
+from rewards import load_reward
+
+MODULES = {
+    "refl.py": refl,
+    "imagerefl.py": imagerefl,
+    "diffdoctor.py": diffdoctor,
+    "focus_n_fix.py": focus_n_fix,
+    "dfusion_dpo.py": dfusion_dpo,
+    "combined_sample.py": combined_sample,
+    "evaluate.py": evaluate,
+    "data/coco.py": coco,
+    "data/labels.py": labels,
+    "mine.py": refl,  # the README's fork
+}
+PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+COMMAND = re.compile(r"python ((?:data/)?\w+\.py)([^`#\n]*)")
+
+
+def commands_of_pages():
+    """Every `python script.py ...` in the pages, in code blocks and in running text."""
+    found = []
+    for page in PAGES:
+        # A backslash at the end of a line continues the command.
+        text = page.read_text().replace("\\\n", " ")
+        for script, words in COMMAND.findall(text):
+            if script in MODULES and words.strip():
+                found.append(f"{script} {' '.join(words.split())}")
+    return sorted(set(found))
+
+
+def test_the_readme_shows_every_script():
+    text = (ROOT / "README.md").read_text()
+    for script in ("refl", "imagerefl", "diffdoctor", "focus_n_fix", "dfusion_dpo"):
+        assert f"`{script}.py`" in text
+    assert len(text.split()) <= 1600
+    assert "](results/pictures/" in "\n".join(text.splitlines()[:15])
+
+
+@pytest.mark.parametrize("command", commands_of_pages())
+def test_a_command_of_the_pages_parses(command, tmp_path):
+    """In a folder with what the command names, as far as the parser looks."""
+    for name in ("toy", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for run in re.findall(r"--lora (\S+)", command):
+        (tmp_path / run / "lora").mkdir(parents=True)
+    script, *words = shlex.split(command)
+    module = MODULES[script]
+    assert vars(module.parse_args(words))
+
+
+def test_pages_link_to_files_that_exist():
+    for page in [*PAGES, ROOT / "toy" / "README.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_heart_of_refl_in_the_readme_is_the_scripts_own_code():
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"## The heart of ReFL\n\n```python\n(.*?)```", readme, re.S).group(1)
+    source = [line.strip() for line in (ROOT / "refl.py").read_text().splitlines()]
+    position = 0
+    for line in block.splitlines():
+        position = source.index(line.strip(), position) + 1
+    assert len(block.splitlines()) >= 10
+
+
+def load_fork(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_fork(world, tmp_path):
+    """Copy refl.py, rename its runs, turn its loss around: it trains the other way."""
+    source = (ROOT / "refl.py").read_text()
+    source = source.replace('run_name("refl", args)', 'run_name("mine", args)')
+    loss = "return -reward_scale * ((r - shift) / scale).mean()"
+    assert source.count(loss) == 1 and source.count('"mine"') == 1
+    (tmp_path / "mine.py").write_text(source.replace(loss, loss.replace("-reward", "reward")))
+    fork = load_fork(tmp_path / "mine.py")
+    assert fork.parse_args([]).out == "runs/mine-toy-toy_pref"
+    _, words = training_commands(world)["refl"]
+    assert run_script(refl, *words, "--train_steps", 1, "--out", "plain") == 0
+    assert run_script(fork, *words, "--train_steps", 1, "--out", "fork") == 0
+    plain, mine = read_log("plain")[0], read_log("fork")[0]
+    assert mine["loss"] == pytest.approx(-plain["loss"])
+    assert not same_tensors(read_weights_of_run("plain"), read_weights_of_run("fork"))
+
+
+@pytest.mark.parametrize("script", sorted(MODULES))
+def test_help_is_a_page_or_two_with_the_models_defaults(script, capsys):
+    commands = [[]]
+    if script == "diffdoctor.py":
+        commands = [["treat"], ["detector"]]
+    if script == "data/labels.py":
+        commands = [["score"], ["export_hard"], ["import_labels"], ["pseudo"]]
+    for words in commands:
+        assert run_script(MODULES[script], *words, "--help") == 0
+        text = capsys.readouterr().out
+        assert 5 < text.count("\n") <= 130
+    if script == "refl.py":
+        assert run_script(refl, "--model", "sdxl", "--help") == 0
+        assert re.search(r"--batch_size BATCH_SIZE\s+images per update \(default: 16\)", text) is None
+        assert "(default: 16)" in capsys.readouterr().out
+
+
+def test_every_default_model_has_settings_that_parse():
+    for module in (refl, imagerefl, focus_n_fix, dfusion_dpo):
+        for model in module.OURS:
+            words = ["--model", model, "--reward", "toy_pref", "--prompts", world_free_prompts()]
+            if module is focus_n_fix:
+                words += ["--detector", TOY / "detector"]
+            if module is dfusion_dpo:
+                words = words[:4]
+            args = module.parse_args([str(word) for word in words])
+            for name, value in module.OURS[model].items():
+                if name not in ("reward", "prompts"):
+                    assert getattr(args, name) == value
+
+
+def world_free_prompts():
+    Path("prompts.txt").write_text("a red circle\n")
+    return "prompts.txt"
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes that people really make: one clear line, and nothing written
+
+
+def mistakes(world):
+    """(flags, words that the message must hold)."""
+    Path("empty.txt").write_text("\n  \n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    Path("a_folder").mkdir()
+    Path("video").mkdir()
+    Path("video/model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
+    rows = [
+        (["--model", "sdxxl"], ["sdxxl", "sdxl", "unknown"]),
+        (["--model", "a_folder"], ["a_folder", "not a diffusers folder"]),
+        (["--model", "video"], ["CogVideoXPipeline", "StableDiffusionXLPipeline"]),
+        (["--model", "nobody/nothing"], ["nobody/nothing"]),
+        (["--reward", "toy_perf"], ["toy_perf", "toy_pref"]),
+        (["--reward", "toy_pref:nowhere"], ["nowhere", "does not exist"]),
+        (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
+        (["--prompts", "empty.txt"], ["empty.txt"]),
+        (["--prompts", "binary.txt"], ["binary.txt", "UTF-8"]),
+        (["--resolution", "50"], ["--resolution 50", "multiple of"]),
+        (["--init_lora", "a_folder"], ["a_folder", "no LoRA here"]),
+        (["--resume", "--out", "new"], ["--resume", "no run in new"]),
+    ]
+    if not torch.cuda.is_available():
+        rows.append((["--device", "cuda"], ["--device cuda", "--device cpu"]))
+    return rows
+
+
+def test_a_mistake_ends_in_one_line_and_leaves_nothing(world, capsys):
+    rows = mistakes(world)
+    for flags, expected in rows:
+        capsys.readouterr()
+        message = run_script(refl, "--model", world.sd, "--reward", "toy_pref", *flags)
+        if message == 2:
+            message = capsys.readouterr().err.splitlines()[-1]
+        assert isinstance(message, str), (flags, message)
+        assert "Traceback" not in message
+        for words in expected:
+            assert words in message, (flags, message)
+    assert not Path("runs").exists() and not Path("new").exists()
+
+
+@pytest.mark.parametrize("name", ["imagerefl", "focus_n_fix", "treat", "dfusion_dpo"])
+def test_the_other_scripts_answer_alike(world, name):
+    module, words = training_commands(world)[name]
+    Path("empty.txt").write_text("\n")
+    for flags, expected in (
+        (["--model", "sdxxl"], "sdxxl"),
+        (["--reward", "toy_perf"], "toy_perf"),
+        (["--prompts", "empty.txt"], "empty.txt"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--init_lora", "empty.txt"], "empty.txt"),
+        (["--resume"], "--resume"),
+    ):
+        message = run_script(module, *words, *flags, "--out", "run")
+        assert isinstance(message, str) and expected in message, (flags, message)
+        shutil.rmtree("run", ignore_errors=True)
+
+
+def test_a_model_without_a_reward_asks_for_one(world):
+    for module in (refl, imagerefl):
+        assert "--reward is needed" in run_script(module, "--model", world.sd)
+
+
+def test_a_folder_that_holds_a_run_is_never_overwritten(world):
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--train_steps", 1, "--out", "run") == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    assert "holds a run" in run_script(module, *words, "--out", "run")
+    assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+
+
+def test_a_lora_of_another_model_is_refused(world):
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--train_steps", 1, "--out", "run") == 0
+    message = run_script(module, *words, "--model", world.sdxl, "--init_lora", "run", "--out", "b")
+    assert "run" in message and "LoRA" in message
+
+
+def test_out_of_memory_says_what_to_turn_down(world, monkeypatch):
+    text = (
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB "
+        "of which 1.02 GiB is free. Including non-PyTorch memory, this process has 22.60 GiB"
+    )
+
+    def full(*args):
+        raise torch.OutOfMemoryError(text)
+
+    module, words = training_commands(world)["refl"]
+    monkeypatch.setattr(refl, "refl_step", full)
+    message = run_script(module, *words, "--out", "run")
+    assert "1.02 GiB is free" in message and "Including" not in message
+    flags = [message.index(flag) for flag in ("--micro_batch", "--checkpointing", "--batch_size")]
+    assert flags == sorted(flags)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models from folders and from the hub's cache
+
+
+def test_config_json_names_the_commit_of_a_hub_model(world, tmp_path, monkeypatch):
+    """Also where a branch was named: from a cache in the hub's layout, without a network."""
+    import huggingface_hub.constants as hub
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    cached = tmp_path / "cache" / "models--nobody--tiny"
+    shutil.copytree(world.sd, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for module in ("transformers.utils.hub", "transformers.configuration_utils"):
+        if hasattr(importlib.import_module(module), "HF_HUB_CACHE"):
+            monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("nobody/tiny", "nobody/tiny@main"):
+        assert load_model(name, CPU).source == f"nobody/tiny@{commit}"
+    _, words = training_commands(world)["refl"]
+    words = [*words, "--model", "nobody/tiny@main", "--train_steps", 1, "--out", "run"]
+    assert run_script(refl, *words) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert (config["model"], config["model_source"]) == ("nobody/tiny@main", f"nobody/tiny@{commit}")
+
+
+@pytest.mark.parametrize("harm", ["cut", "absent", "key", "shape"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_broken_model_weights_are_refused_and_never_random(world, tmp_path, part, harm):
+    folder = tmp_path / "model"
+    shutil.copytree(world.sd, folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    break_weights(path, harm)
+    with pytest.raises(SystemExit, match=f"--model {folder}"):
+        load_model(str(folder), CPU)
+
+
+@pytest.mark.parametrize("harm", ["cut", "absent", "key", "shape"])
+def test_broken_reward_weights_are_refused_and_never_random(tmp_path, harm):
+    folder = tmp_path / "pref"
+    shutil.copytree(TOY / "pref", folder)
+    break_weights(folder / "model.safetensors", harm)
+    with pytest.raises(SystemExit, match=f"--reward toy_pref:{folder}"):
+        load_reward(f"toy_pref:{folder}", CPU)
+
+
+def break_weights(path, harm):
+    if harm == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif harm == "absent":
+        path.unlink()
+    else:
+        state = load_file(path)
+        key = sorted(state)[0]
+        state[key] = torch.zeros(3, 5)
+        if harm == "key":
+            del state[key]
+        save_file(state, path, metadata={"format": "pt"})
+
+
+def test_code_beside_the_weights_is_never_run(world, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(world.sd, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = ["my_unet", "Net"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    (folder / "unet" / "my_unet.py").write_text(code)
+    with pytest.raises(SystemExit, match="--model"):
+        load_model(str(folder), CPU)
+    assert not (tmp_path / "ran").exists()

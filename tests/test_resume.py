@@ -1,0 +1,178 @@
+"""Invariant 4: a run that was stopped, killed or resumed with another micro-batch ends with the
+same bytes as one that nobody disturbed."""
+
+import json
+import math
+from pathlib import Path
+
+import kills
+import pytest
+import torch
+from conftest import SCRIPTS_THAT_TRAIN, read_log, read_weights_of_run, run_script, same_tensors
+from conftest import training_commands
+
+import refl
+from run_folder import Run
+
+
+@pytest.fixture
+def stop_after_a_checkpoint(monkeypatch):
+    """While .on is true, a run ends as if by Ctrl-C when it has saved its first checkpoint."""
+
+    class Switch:
+        on = True
+
+    save = Run.save
+
+    def save_and_stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if Switch.on:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save_and_stop)
+    return Switch
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS_THAT_TRAIN, "refl in full"])
+def test_two_updates_and_a_resume_are_four_updates(world, stop_after_a_checkpoint, name):
+    """Also when the log breaks off in the middle of a line, and whatever the global seed."""
+    module, words = training_commands(world)[name.split()[0]]
+    if name == "refl in full":
+        words = [*words, "--lora_rank", 0]
+    if name == "dfusion_dpo":
+        # The checkpoint after two updates then lies inside a round.
+        words = [*words, "--inner_epochs", 3]
+    stop_after_a_checkpoint.on = False
+    torch.manual_seed(1)
+    assert run_script(module, *words, "--out", "whole") == 0
+
+    stop_after_a_checkpoint.on = True
+    torch.manual_seed(2)
+    assert run_script(module, *words, "--out", "half") == 130
+    at_two = read_weights_of_run("half")
+    assert torch.load("half/checkpoint/state.pt", weights_only=True)["step"] == 2
+    with open("half/log.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 0.0}\n{"step": 4, "lo')
+
+    stop_after_a_checkpoint.on = False
+    assert run_script(module, *words, "--out", "half", "--resume") == 0
+    assert [row["step"] for row in read_log("half")] == [1, 2, 3, 4]
+    assert kills.result("half") == kills.result("whole")
+    assert not same_tensors(read_weights_of_run("half"), at_two)
+    assert not list(Path("half").rglob("*.tmp"))
+
+
+@pytest.mark.filterwarnings("ignore:This process.*fork")
+@pytest.mark.parametrize("name", ["refl", "dfusion_dpo"])
+def test_a_killed_run_ends_as_if_nothing_had_happened(world, monkeypatch, name):
+    """Three kills at random moments; tests/kills.py kills every script more often."""
+    module, words = training_commands(world)[name]
+    for function in ("load_model", "load_reward"):
+        monkeypatch.setattr(module, function, getattr(module, function))  # to be put back
+    kills.preload(module, words)
+    different, done, _ = kills.survive(module, words, Path.cwd(), 3, seed=1)
+    assert not different and done == 3
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(world, monkeypatch):
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--out", "whole") == 0
+    step = refl.refl_step
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refl, "refl_step", interrupt)
+    assert run_script(module, *words, "--out", "run") == 130
+    monkeypatch.setattr(refl, "refl_step", step)
+    assert run_script(module, *words, "--out", "run", "--resume") == 0
+    assert kills.result("run") == kills.result("whole")
+
+
+def test_what_does_not_change_the_numbers_may_change(world, stop_after_a_checkpoint):
+    """Out of memory says "turn down --micro_batch": then the run must go on with it."""
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--out", "run") == 130
+    stop_after_a_checkpoint.on = False
+    changes = ["--micro_batch", 1, "--checkpointing", "--save_every", 1, "--device", "auto"]
+    assert run_script(module, *words, *changes, "--out", "run", "--resume") == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert (config["micro_batch"], config["checkpointing"], config["save_every"]) == (1, True, 1)
+    assert run_script(module, *words, "--out", "whole") == 0
+    for row, other in zip(read_log("run"), read_log("whole")):
+        assert row["reward"] == pytest.approx(other["reward"], rel=1e-4)
+
+
+def test_what_changes_the_numbers_is_refused(world):
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--out", "run") == 0
+    before = kills.result("run")
+    changes = {
+        "seed was 0 and is 1": ["--seed", 1],
+        "lr was 0.001 and is 0.002": ["--lr", 0.002],
+        "model_source was": ["--model", world.sd_v],
+        "at 4 already": ["--train_steps", 3],
+    }
+    for message, change in changes.items():
+        assert message in run_script(module, *words, *change, "--out", "run", "--resume")
+    assert kills.result("run") == before
+
+
+# --------------------------------------------------------------------------------------------------
+# NaN and Inf
+
+
+def break_gradients(monkeypatch, module, bad_updates):
+    """The gradient of these updates is NaN -> a list of the weights after every update."""
+    seen = []
+    norm_functions = {name: getattr(torch.nn.utils, name) for name in NORMS}
+
+    def make_broken(name):
+        def broken(params, *args, **kwargs):
+            norm = norm_functions[name](params, *args, **kwargs)
+            return norm * math.nan if len(seen) + 1 in bad_updates else norm
+
+        return broken
+
+    for name in NORMS:
+        monkeypatch.setattr(torch.nn.utils, name, make_broken(name))
+    zero_grad = torch.optim.Optimizer.zero_grad
+
+    def note(optimizer, *args, **kwargs):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append([p.detach().clone() for p in params])
+        zero_grad(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", note)
+    return seen
+
+
+NORMS = ("get_total_norm", "clip_grad_norm_")
+
+
+@pytest.mark.parametrize("name", SCRIPTS_THAT_TRAIN)
+def test_an_update_that_is_not_finite_is_left_out_counted_and_said(
+    world, monkeypatch, capsys, name
+):
+    module, words = training_commands(world)[name]
+    weights = break_gradients(monkeypatch, module, {3})
+    assert run_script(module, *words, "--out", "run") == 0
+    assert [row.get("skipped") for row in read_log("run")] == [None, None, True, None]
+    assert capsys.readouterr().err.count("update 3: NaN or Inf") == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights[1], weights[2]))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[2], weights[3]))
+    assert all(t.isfinite().all() for t in read_weights_of_run("run").values())
+
+
+def test_the_fifth_in_a_row_ends_the_run(world, monkeypatch):
+    """Also when it is resumed among them."""
+    module, words = training_commands(world)["refl"]
+    words = [*words, "--save_every", 1, "--out", "run"]
+    bad_updates = {2, *range(4, 20)}
+    break_gradients(monkeypatch, module, bad_updates)
+    assert run_script(module, *words, "--train_steps", 6) == 0
+    monkeypatch.undo()
+    break_gradients(monkeypatch, module, range(20))
+    message = run_script(module, *words, "--train_steps", 20, "--resume")
+    assert message.startswith("update 8: ") and "fifth in a row" in message
+    assert [row["step"] for row in read_log("run") if "skipped" in row] == [2, 4, 5, 6, 7]
