@@ -18,7 +18,7 @@ A round, for each of its prompts c:
                      maps: cross-attention of the reference, in the first up block
   target           = the base's noise, denoised again. In the mid block and all up blocks, its
                      self-attention has, where mask[i] is set, the reference's keys and values  (5)
-  a                = target if r(target) >= adoption_threshold * r(base), else reference        (7)
+  a                = target if r(target) >= adoption_threshold * r(base) else reference         (7)
   b                = base
 Then inner_epochs updates of theta, each on all pairs at their trained steps:
   log_ratio        = log p_theta(x[i+1] | x[i], c) - log p_theta_old(x[i+1] | x[i], c)
@@ -228,7 +228,7 @@ def dpok_loss(log_ratio, advantage, clip_range, kl, kl_weight):
 
 
 def advantages(rewards, past_rewards):
-    """Rewards (B,) of a prompt's images -> (r - mean) / std, within -5 .. 5.
+    """Rewards of a prompt's images, of any shape -> (r - mean) / std, within -5 .. 5.
 
     past_rewards: list of all rewards of the prompt's plain samples so far, with this round's.
     """
@@ -284,7 +284,7 @@ def ddim_step(scheduler, noise_pred, i, latents):
     next_alpha_bar = bars[i + 1].view(-1, 1, 1, 1).to(latents)
     variance = ddim_variance(alpha_bar, next_alpha_bar)
     x0, eps = predict_x0_and_eps(scheduler, noise_pred, scheduler.timesteps[i], latents)
-    # The part of the old noise that remains points where eps does; fresh noise fills the rest.
+    # The mean keeps a part of the noise, eps; the step's fresh noise, of size sigma, is the rest.
     mu = next_alpha_bar.sqrt() * x0 + (1 - next_alpha_bar - variance).sqrt() * eps
     return mu, variance.sqrt()
 
@@ -316,6 +316,7 @@ def sample_trajectories(
 ):
     """Samples images of one prompt, one per generator, and keeps all their latents.
 
+    The LoRA stays unmerged: rounded weights would be another policy than the one that we train.
     capture: an installed CrossAttentionMaps, to keep the maps of the items, too.
     Returns trajectories (B, T+1, C, h, w) and maps (B, T, items, s, s) or None, on the CPU.
     """
@@ -438,11 +439,11 @@ def split_heads(attn, x):
 
 
 @contextlib.contextmanager
-def installed(model, processor, module_names):
+def installed(model, processor, names):
     """Inside, the named attention modules use the processor. The stock ones always come back."""
     stock = model.denoiser.attn_processors
     changed = dict(stock)
-    for name in module_names:
+    for name in names:
         changed[name] = processor
     try:
         model.denoiser.set_attn_processor(changed)
@@ -460,7 +461,7 @@ def attention_blocks(model):
     return sorted(names)
 
 
-def module_names(model, blocks, kind):
+def processor_names(model, blocks, kind):
     """The self-attention ("attn1") or cross-attention ("attn2") processors of some blocks."""
     return [
         name
@@ -631,17 +632,12 @@ def inverted(model, scheduler, prompt, samples):
 
 
 def pair_up(prompt, preferred, base, past_rewards, pictures, stats):
-    """The pairs of one prompt: preferred and base, Samples of the same length."""
+    """The Pairs of one prompt: preferred and base are Samples of P images each."""
+    trajectories = torch.stack([preferred.trajectories, base.trajectories])
+    rewards = torch.stack([preferred.rewards, base.rewards])
     means = {name: values.float().mean().item() for name, values in stats.items()}
-    return Pairs(
-        prompts=[prompt] * len(base.rewards),
-        trajectories=torch.stack([preferred.trajectories, base.trajectories]),
-        advantages=torch.stack(
-            [advantages(preferred.rewards, past_rewards), advantages(base.rewards, past_rewards)]
-        ),
-        pictures=pictures,
-        stats=means,
-    )
+    prompts = [prompt] * len(base.rewards)
+    return Pairs(prompts, trajectories, advantages(rewards, past_rewards), pictures, means)
 
 
 def join_pairs(parts):
@@ -656,9 +652,9 @@ def join_pairs(parts):
     for name in parts[0].stats:
         values = [part.stats[name] for part in parts]
         stats[name] = sum(values) / len(values)
-    trajectories = torch.cat([part.trajectories for part in parts], 1)
-    advantages = torch.cat([part.advantages for part in parts], 1)
-    return Pairs(prompts, trajectories, advantages, pictures, stats)
+    all_trajectories = torch.cat([part.trajectories for part in parts], 1)
+    all_advantages = torch.cat([part.advantages for part in parts], 1)
+    return Pairs(prompts, all_trajectories, all_advantages, pictures, stats)
 
 
 def sample_round(args, model, scheduler, reward, rows, plan, history, number):
@@ -809,8 +805,8 @@ def attention_modules(args, model):
             f"--fusion_layers {args.fusion_layers} --mask_layer {args.mask_layer}: "
             f"the blocks with attention are {known}"
         )
-    mask_modules = module_names(model, [blocks[args.mask_layer]], "attn2")
-    fused_modules = module_names(model, [blocks[k] for k in layers], "attn1")
+    mask_modules = processor_names(model, [blocks[args.mask_layer]], "attn2")
+    fused_modules = processor_names(model, [blocks[k] for k in layers], "attn1")
     return mask_modules, fused_modules
 
 
@@ -841,7 +837,8 @@ def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
     advantage = pairs.advantages[:, p].flatten().to(model.device)
     i = i.repeat(2)
 
-    # Before the pass with gradient, whose forward --checkpointing runs again in the backward pass.
+    # This goes first: --checkpointing does not allow to switch the adapters between the forward
+    # pass with gradient and its backward pass.
     if args.algo == "dpok":
         with base_model(model), torch.no_grad():
             noise_pred = guided(model, scheduler, latents, i, prompts, args.guidance_scale)

@@ -828,9 +828,8 @@ def print_notes(folder, own):
         print(f"{folder}: the oracle abstained on {abstained:.1%} of the images (not correct)")
     too_few = [name for name, summary in own.items() if not summary.get("full_rank", True)]
     if too_few:
-        names = ", ".join(too_few)
-        print(f"{folder}: {names} mean little: here or in the reference there are no more")
-        print("  images than the features have dimensions")
+        reason = "there are no more images than the features have dimensions"
+        print(f"{folder}: {', '.join(too_few)} means little: {reason}")
 
 
 def report(results, folders, shown):

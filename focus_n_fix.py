@@ -90,11 +90,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("focus_n_fix.py", None, __doc__, formatter_class=SettingsHelp)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"artifact (default), {', '.join(REWARDS)}; clip is the one of --concept")
+    add("--reward", help=f"artifact, {', '.join(REWARDS)}; by default artifact, or a clip")
     add("--concept", nargs=2, metavar=("BAD", "GOOD"), help="an unwanted text and a neutral one")
     add("--region", choices=tuple(THRESHOLD), help="by default heatmap; saliency with --concept")
     add("--detector", help="artifact detector: a folder, a hub id or a file of weights")
-    add("--threshold", type=float, help="where the map is above: 0.2 for heatmap, 0.5 for saliency")
+    add("--threshold", type=float, help="a problem is above it; 0.2 for heatmap, else 0.5")
     add("--dilate", type=int, help="pixels by which the region grows on every side")
     add("--beta", type=float, help="weight of the change outside the region; 0 is DRaFT")
     add("--raw_norm", action="store_true", help="the paper's norm: choose --beta anew")

@@ -1,4 +1,4 @@
-"""Runs the experiments behind the pages in results/: each prints its figures and draws its pictures.
+"""Runs the experiments behind the pages in results/. Each prints its figures and draws pictures.
 
 An experiment that was interrupted goes on where it stopped: what is done is not done again. The
 file experiments/NAME.py says what NAME asks, what it runs, and how long that took.

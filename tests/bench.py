@@ -413,28 +413,35 @@ def cpu(pairs):
             print(f"{what:<48}{alone[0]:.3f} s, {alone[0] / ours:.2f} times the script's")
 
 
-def saved_bytes(script, words):
-    """Bytes that autograd saves in the graphs of one update: each storage once, no parameters.
-
-    With one micro-batch this is what it holds at once.
-    """
-    saved = {}
+def keep_saved(saved):
+    """Inside, each storage that autograd saves goes into the dict `saved`, parameters left out."""
 
     def pack(x):
         owner = x if x._base is None else x._base
         if not isinstance(owner, torch.nn.Parameter):
-            # Kept, so that no later tensor gets its address.
+            # The tensor is kept, so that no later one gets its address.
             saved[x.untyped_storage().data_ptr()] = x
         return x
 
     def unpack(x):
         return x
 
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def num_bytes(saved):
+    return sum(x.untyped_storage().nbytes() for x in saved.values())
+
+
+def saved_bytes(script, words):
+    """Bytes that autograd saves in one update. With one micro-batch it holds them all at once."""
+    saved = {}
+
     def around(step):
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        return keep_saved(saved)
 
     updates(script, [*words, "--train_steps", 1], around)
-    return sum(x.untyped_storage().nbytes() for x in saved.values())
+    return num_bytes(saved)
 
 
 def sweep(pairs):

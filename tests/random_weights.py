@@ -19,13 +19,16 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2 as T
 import transformers
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
-from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from torchvision.transforms import InterpolationMode
+from transformers import AutoTokenizer, BertTokenizer, CLIPConfig, CLIPImageProcessor
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTokenizer, ViTConfig, ViTModel
 
 transformers.logging.disable_progress_bar()
 
@@ -457,7 +460,52 @@ def write_imagereward(name, folder, full, seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# The published equations of ImageReward and MPS in plain torch, for the tests of rewards.py
+# A feature extractor for --dino of evaluate.py
+
+
+def write_vit(folder):
+    """A small random ViT with facebook/dino-vits16's file names, for images of 48 x 48 pixels.
+
+    Its own pooler is saved as well, which the features do not need.
+    """
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = ViTModel(ViTConfig(**sizes, image_size=48, patch_size=16))
+        for p in network.parameters():
+            p.data += 0.2 * torch.randn_like(p)
+    network.save_pretrained(folder)
+    processor = dict(size=48, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+@torch.no_grad()
+def vit_feature(folder, image):
+    """The normalized CLS token (D,) of one image (3, H, W), a square in [0, 1]."""
+    x = F.interpolate(image[None], (48, 48), mode="bicubic", antialias=True)
+    x = T.Normalize([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])(x)
+    network = ViTModel.from_pretrained(folder, add_pooling_layer=False)
+    return F.normalize(network(x).last_hidden_state[0, 0], dim=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The published preprocessing and equations in plain torch, for the tests of rewards.py
+
+
+def crop(images, size):
+    """torchvision's own resize, center crop and normalization."""
+    resize = T.Resize(size, InterpolationMode.BICUBIC, antialias=True)
+    return T.Compose([resize, T.CenterCrop(size), T.Normalize(MEAN, STD)])(images)
+
+
+def pad(images, size):
+    """HPS's own preprocessing: the long side is resized, and black bars fill the square."""
+    scale = size / max(images.shape[-2:])
+    new_size = [round(side * scale) for side in images.shape[-2:]]
+    images = T.Resize(new_size, InterpolationMode.BICUBIC, antialias=True)(images)
+    top, left = [(size - side) // 2 for side in new_size]
+    bars = (left, top, size - new_size[1] - left, size - new_size[0] - top)
+    return T.Normalize(MEAN, STD)(T.Pad(bars)(images))
 
 
 def norm(state, name, x, eps):
@@ -492,12 +540,20 @@ def blip_vision(state, pixels, eps=1e-6):
     return norm(state, start + "norm", x, eps)
 
 
-def imagereward_score(state, pixels, ids, mask, eps=1e-6):
-    """The output (B,) of the MLP of a small ImageReward. eps: that of the vision encoder."""
+def imagereward_scores(folder, pixels, prompts, eps=1e-6, masked=True):
+    """The output (B,) of the MLP of a small ImageReward, for normalized pixels (B, 3, H, W).
+
+    eps (of the vision encoder) and masked are settings that are easy to get wrong.
+    """
+    state = read_state(folder / FILES["imagereward"])
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    tokens = tokenizer(prompts, padding="max_length", max_length=35, return_tensors="pt")
+    ids = tokens.input_ids
+    mask = tokens.attention_mask if masked else torch.ones_like(ids)
     image = blip_vision(state, pixels, eps)
     start = "blip.text_encoder."
     x = state[start + "embeddings.word_embeddings.weight"][ids]
-    x = x + state[start + "embeddings.position_embeddings.weight"][: ids.shape[1]]
+    x = x + state[start + "embeddings.position_embeddings.weight"][:35]
     x = norm(state, start + "embeddings.LayerNorm", x, 1e-12)
     text_bias = (1 - mask.float())[:, None, None] * -1e9
     for i in range(3):
@@ -543,9 +599,11 @@ def rotary(x):
 
 
 def mps_score(state, clip, text, condition, end, pixels):
-    """MPS of one image (1, 3, H, W): text features (77, D) and their end (D,); condition (77, D)."""
+    """MPS of one image (1, 3, H, W), from features of text and condition (77, D), and end (D,)."""
     closeness = (text @ condition.T).max(1).values
     bias = torch.where(closeness / closeness.max() > 0.01, 0.0, -torch.inf)
+    # A good test has text tokens of both kinds.
+    assert 0 < (bias == 0).sum() < 77
     x = clip.vision_model(pixels).last_hidden_state[0] @ clip.visual_projection.weight.T
     width = x.shape[1]
     for layer in range(4):
@@ -563,6 +621,43 @@ def mps_score(state, clip, text, condition, end, pixels):
         x = x + torch.cat(heads, 1) @ w["attn_out.weight"].T
         x = x + swiglu(ff) @ w["ff_out.1.weight"].T
     return clip.logit_scale.exp() * F.cosine_similarity(end, x[0], dim=0)
+
+
+def mps_token_ids(folder, prompts):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = dict(padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    return tokenizer(prompts, **options).input_ids
+
+
+def separate_mps_words(folder, prompts, condition):
+    """Moves words that the condition lacks far away from it, so that they may not be attended."""
+    state = read_state(folder / FILES["mps"])
+    words = state["mps.model.text_model.embeddings.token_embedding.weight"]
+    known = set(mps_token_ids(folder, [condition]).flatten().tolist())
+    ids = set(mps_token_ids(folder, prompts).flatten().tolist())
+    shift = 2 * torch.randn(words.shape[1], generator=torch.Generator().manual_seed(0))
+    words += shift
+    words[sorted(ids - known)] -= 2 * shift
+    write_state(state, folder / FILES["mps"])
+
+
+def mps_scores(folder, pixels, prompts, condition):
+    """MPS (B,) of normalized pixels (B, 3, H, W), with the small weights of a folder."""
+    state = read_state(folder / FILES["mps"])
+    clip_state = {}
+    for key, tensor in state.items():
+        if key.startswith("mps.model."):
+            clip_state[key.removeprefix("mps.model.")] = tensor
+    ids = mps_token_ids(folder, [*prompts, condition])
+    vocab_size = len(clip_state["text_model.embeddings.token_embedding.weight"])
+    clip = CLIPModel(clip_h_config(False, vocab_size)).eval()
+    clip.load_state_dict(clip_state)
+    text = clip.text_model(ids).last_hidden_state @ clip.text_projection.weight.T
+    scores = []
+    for i in range(len(prompts)):
+        end = text[i, ids[i].argmax()]
+        scores.append(mps_score(state, clip, text[i], text[-1], end, pixels[i : i + 1]))
+    return torch.stack(scores)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def share_with_instance(images):
 
 
 def draw_rows(out, pictures):
-    """Shows the six pictures, then a row of images for every row of the table, without 30 updates."""
+    """Shows the six pictures, then a row of images per row of the table, without the 30 updates."""
     images, _ = torch.load(out / f"measured_{SEEDS[0]}.pt", weights_only=True)
     rows = []
     for name, x in images.items():

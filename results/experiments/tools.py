@@ -220,7 +220,10 @@ def table_head(columns):
 
 def table_line(name, cells):
     """A line of a markdown table."""
-    return f"| {name} | " + " | ".join(cells) + " |"
+    line = "|"
+    for cell in (name, *cells):
+        line += f" {cell} |" if cell else " |"
+    return line
 
 
 def write_table(path, rows, digits=3, head=()):
@@ -241,7 +244,7 @@ def write_table(path, rows, digits=3, head=()):
 
 
 def describe_differences(differences):
-    """{metric: one difference per seed} -> "metric mean (each seed)" for every metric, in a line."""
+    """{metric: one difference per seed} -> a line of "metric mean (each seed)" per metric."""
     parts = []
     for metric, values in differences.items():
         each = " ".join(f"{value:+.3f}" for value in values)

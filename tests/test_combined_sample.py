@@ -1,0 +1,170 @@
+"""combined_sample.py: the weights of its modes, the mixed step, the files, and the defaults."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from conftest import CPU, PROMPTS, random_lora, run_script
+from PIL import Image
+
+import combined_sample
+from combined_sample import mixed_prediction, parse_args, tuned_weight
+from common import TOY, base_model, condition, denoise, initial_latents, load_model, make_trainable
+from run_folder import Run, generate
+
+SAMPLER = dict(scheduler="ddim", eta=0.5, num_inference_steps=4, guidance_scale=3.0)
+
+
+def write_run(world, out, lora_rank):
+    """A run folder with a random LoRA, or at rank 0 with shifted weights -> its model."""
+    model = load_model(world.sd, CPU)
+    params = make_trainable(model, lora_rank)
+    random_lora(params, size=0.3 if lora_rank else 0.05)
+    config = dict(model=world.sd, resolution=16, lora_rank=lora_rank, test_prompts=world.prompts)
+    run = Run(SimpleNamespace(**config, out=out, resume=False), model.source, SAMPLER)
+    model.save(run.weights)
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """A run folder with a LoRA, and its model."""
+    path = tmp_path_factory.mktemp("run")
+    return SimpleNamespace(path=path, model=write_run(world, path, lora_rank=4))
+
+
+def run_combined(path, out, *words):
+    """Runs the script on a run -> what it wrote: bytes by file name."""
+    words = ["--lora", path, "--num_images", 2, "--device", "cpu", *words]
+    assert run_script(combined_sample, *words, "--out", out) == 0
+    return read_folder(out)
+
+
+def read_folder(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
+
+
+def read_images(folder):
+    files = sorted(Path(folder).glob("0*.png"))
+    return torch.stack([TF.pil_to_tensor(Image.open(file)).int() for file in files])
+
+
+def test_the_weights_by_hand():
+    by_hand = dict(base=[0] * 4, tuned=[1] * 4, combined=[0, 0, 0, 1], aig=[0, 0.25, 0.5, 0.75])
+    for mode, weights in by_hand.items():
+        assert [tuned_weight(mode, i, 4, base_steps=3) for i in range(4)] == weights
+
+
+@torch.no_grad()
+def test_the_mixed_step_by_hand(run):
+    model = run.model
+    latents = torch.linspace(-1, 1, 256).view(1, *model.latent_shape)
+    cond, uncond = condition(model, PROMPTS[:1]), condition(model, [None])
+    t = torch.tensor(501)
+    tuned = denoise(model, latents, t, cond, 2.0, uncond)
+    with base_model(model):
+        base = denoise(model, latents, t, cond, 5.0, uncond)
+    calls = []
+    hook = model.denoiser.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    mix = 0.7 * base + 0.3 * tuned
+    for w, expected, num_calls in ((0, base, 1), (1, tuned, 1), (0.3, mix, 2)):
+        mixed = mixed_prediction(model, latents, t, cond, uncond, w, 2.0, 5.0)
+        torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5 * (w == 0.3))
+        assert len(calls) == num_calls
+        calls.clear()
+    hook.remove()
+
+
+def test_images_are_the_runs_own_and_base_steps_go_from_tuned_to_base(run):
+    tuned = run_combined(run.path, "tuned")
+    base = run_combined(run.path, "base", "--mode", "base")
+    aig = run_combined(run.path, "aig", "--mode", "aig")
+    run_combined(run.path, "combined", "--mode", "combined", "--base_steps", 0, 2, 4)
+    assert read_folder("combined/base_steps_0") == tuned
+    assert read_folder("combined/base_steps_4") == base
+    middle = read_folder("combined/base_steps_2")
+    assert len({files["00001_01.png"] for files in (tuned, base, aig, middle)}) == 4
+    # As the run itself makes images, with its own sampler, prompts and resolution.
+    expected = generate(run.model, PROMPTS, 0, SAMPLER, num_images=2, micro_batch=4)
+    assert ((expected * 255).round() - read_images("tuned")).abs().max() <= 1
+    with base_model(run.model):
+        expected = generate(run.model, PROMPTS, 0, SAMPLER, num_images=2, micro_batch=4)
+    assert ((expected * 255).round() - read_images("base")).abs().max() <= 1
+
+
+def test_files_and_metadata(run):
+    written = run_combined(run.path, "images", "--seed", 3)
+    rows = [json.loads(line) for line in written["metadata.jsonl"].decode().splitlines()]
+    names = [f"{i:05d}_{k:02d}.png" for i in range(4) for k in range(2)]
+    assert [row["file_name"] for row in rows] == names
+    assert rows[3] == dict(file_name="00001_01.png", text=PROMPTS[1], prompt_id=1, seed=3)
+    assert set(written) == {*names, "grid.png", "metadata.jsonl"}
+    assert len({written[name] for name in names}) == 8
+    assert Image.open("images/grid.png").size == (2 * 128, 4 * 128)
+
+
+def test_noise_depends_on_neither_batch_nor_mode(run, monkeypatch):
+    seen = []
+
+    def watch(model, generators):
+        seen.append(initial_latents(model, generators))
+        return seen[-1]
+
+    monkeypatch.setattr(combined_sample, "initial_latents", watch)
+    run_combined(run.path, "whole")
+    run_combined(run.path, "parts", "--batch_size", 3, "--micro_batch", 1)
+    run_combined(run.path, "aig", "--mode", "aig")
+    assert [len(noise) for noise in seen] == [8, 3, 3, 2, 8]
+    assert torch.equal(torch.cat(seen[1:4]), seen[0]) and torch.equal(seen[4], seen[0])
+    assert (read_images("whole") - read_images("parts")).abs().max() <= 1
+
+
+def test_a_full_fine_tune_keeps_its_base(world, run, capsys):
+    write_run(world, Path("full"), lora_rank=0)
+    tuned = run_combined("full", "tuned")
+    base = run_combined("full", "base", "--mode", "base")
+    run_combined("full", "combined", "--mode", "combined", "--base_steps", 0, 4)
+    assert "GiB each" in capsys.readouterr().out
+    assert tuned != base == run_combined(run.path, "lora_base", "--mode", "base")
+    assert read_folder("combined/base_steps_0") == tuned
+    assert read_folder("combined/base_steps_4") == base
+    words = ["--lora", "full", "--model", world.sdxl, "--out", "other"]
+    assert "incomplete weights, or not those of" in run_script(combined_sample, *words)
+
+
+def test_defaults_come_from_the_run_or_the_model(world, run):
+    def settings(*words):
+        args = parse_args([str(word) for word in ("--out", "new", *words)])
+        names = "scheduler eta num_inference_steps guidance_scale base_guidance_scale resolution"
+        return [getattr(args, name) for name in names.split()], args.model, args.prompts
+
+    snapshot = run.path / "lora" / "step_000001"
+    assert settings("--lora", snapshot) == (["ddim", 0.5, 4, 3.0, 3.0, 16], world.sd, world.prompts)
+    values, *_ = settings("--lora", run.path, "--model", "toy", "--scheduler", "ddpm")
+    assert values == ["ddpm", 1.0, 4, 3.0, 3.0, None]
+    expected = (["ddpm", 1.0, 20, 1.0, 4.0, None], "toy", f"{TOY}/prompts_test.txt")
+    assert settings("--mode", "base") == settings("--lora", "x.safetensors") == expected
+    settings_of_flux = settings("--mode", "base", "--model", "flux-dev", "--prompts", "x")
+    assert settings_of_flux[0] == ["euler", 0.0, 28, 3.5, 3.5, None]
+
+
+def test_refusals(world, run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    lora = ["--lora", run.path]
+    for words, message in (
+        (["--mode", "tuned"], "--mode tuned needs --lora"),
+        ([*lora, "--mode", "combined"], "needs --base_steps"),
+        ([*lora, "--mode", "combined", "--base_steps", 5], "there are only 4 steps"),
+        ([*lora, "--mode", "aig", "--base_steps", 2], "--base_steps is for --mode combined"),
+        ([*lora, "--base_guidance_scale", 2], "no use in --mode tuned"),
+        ([*lora, "--scheduler", "ddpm", "--eta", 0.5], "--eta is for --scheduler ddim"),
+        ([*lora, "--out", tmp_path], "not an empty folder"),
+        (["--mode", "base", "--lora", "nowhere"], "nowhere: no LoRA here"),
+        ([*lora, "--model", world.flux], "LoRA"),
+    ):
+        status = run_script(combined_sample, "--out", "new", *words)
+        assert status != 0 and message in f"{status} {capsys.readouterr().err}", words
+    assert not Path("new").exists()

@@ -1,0 +1,110 @@
+"""The experiments in results/: no run is taken for another, and figures and tables are right."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from results import run
+from results.experiments import diffdoctor_treatment, focus_n_fix, refl, tools
+from toy.oracle import correct
+from toy.scenes import render, sample_scene
+
+FLAGS = ("--gamma", 0.25, "--naive", "--train_steps", 40)
+
+
+@pytest.mark.parametrize("name", run.EXPERIMENTS)
+def test_every_experiment_is_found_by_its_name(name):
+    assert run.find_experiment(name).__module__ == f"results.experiments.{name}"
+
+
+@pytest.fixture
+def train_again(tmp_path, monkeypatch):
+    """Calls tools.train where a run was left -> the flags of the scripts that it started."""
+    calls = []
+
+    def fake_script(out, name, script, *flags):
+        calls.append(flags)
+
+    def call(gamma, *files):
+        for file in ("config.json", *files):
+            path = tmp_path / "run" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(dict(gamma=gamma, train_steps=40)))
+        assert tools.train(tmp_path, "run", "diffdoctor", *FLAGS) == tmp_path / "run"
+        return calls
+
+    monkeypatch.setattr(tools, "run_script", fake_script)
+    return call
+
+
+def test_a_run_without_a_checkpoint_is_made_anew(train_again, tmp_path):
+    assert train_again(0.25) == [(*FLAGS, "--out", tmp_path / "run")]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_is_continued(train_again, tmp_path):
+    flags = (*FLAGS, "--out", tmp_path / "run", "--resume")
+    assert train_again(0.25, "checkpoint/state.pt") == [flags]
+    assert (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_started_again(train_again):
+    assert train_again(0.25, "checkpoint/state.pt", "lora/step_000040/x") == []
+
+
+def test_a_run_with_another_number_is_never_taken_for_this_one(train_again, tmp_path):
+    calls = train_again(0.5, "checkpoint/state.pt", "lora/step_000040/x")
+    assert calls == [(*FLAGS, "--out", tmp_path / "run")]
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_come_in_the_order_of_the_calls():
+    assert tools.together(2, pow, [(2, 3), (3, 2), (5, 1)]) == [8, 9, 5]
+
+
+def test_a_table_has_means_and_deviations_over_seeds(tmp_path, capsys):
+    rows = {"a": [dict(x=1, y=0.5)], "b": [dict(x=1, y=1), dict(x=3, y=1)]}
+    tools.write_table(tmp_path / "t.md", rows, 1, ["head", ""])
+    lines = ["head", "", "| | x | y |", "|---|---|---|", "| a | 1.0 | 0.5 |"]
+    lines.append("| b | 2.0 ± 1.4 | 1.0 ± 0.0 |")
+    assert (tmp_path / "t.md").read_text().splitlines() == lines
+    assert capsys.readouterr().out.splitlines() == lines
+    assert json.loads((tmp_path / "t.json").read_text()) == rows
+
+
+def test_equal_reward_is_read_off_straight_lines():
+    rows = [dict(reward=0, outside=0), dict(reward=1, outside=2), dict(reward=3, outside=4)]
+    assert focus_n_fix.at_reward(rows, 0.5, "outside") == 1
+    assert focus_n_fix.at_reward(rows, 2, "outside") == 3
+    assert np.isnan(focus_n_fix.at_reward(rows, 4, "outside"))
+
+
+def test_grain_sees_stripes_in_the_background_and_not_the_objects():
+    scene = sample_scene(np.random.default_rng(0), "a red circle left of a blue square")
+    image = torch.from_numpy(render(scene)[0]).permute(2, 0, 1)
+    is_odd = torch.arange(64) // 2 % 2
+    stripes = 0.05 * (2 * is_odd - 1)[None, :, None]
+    assert diffdoctor_treatment.grain([image]) < 0.5
+    # Their root mean square is 5 percent.
+    assert 4.5 < diffdoctor_treatment.grain([(image + stripes).clamp(0, 1)]) < 6
+
+
+def test_renders_show_what_their_captions_say(tmp_path, monkeypatch):
+    prompts = ["a red circle above a blue square", "a green star"]
+    tools.write_prompts(tmp_path / "prompts.txt", prompts)
+    monkeypatch.setattr(refl, "held_out_prompts", lambda out: out / "prompts.txt")
+    images, captions = focus_n_fix.read_folder(refl.write_renders(tmp_path))
+    assert captions == tools.repeat(prompts, 8)
+    assert all(correct(image, caption) for image, caption in zip(images, captions))
+
+
+def test_shrink_leaves_256_colors_and_the_size(tmp_path):
+    ramp = np.arange(40 * 30 * 3).reshape(40, 30, 3) % 251
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "picture.png")
+    tools.shrink(tmp_path / "picture.png")
+    picture = Image.open(tmp_path / "picture.png")
+    assert picture.size == (30, 40) and picture.mode == "P"
+    assert np.abs(np.asarray(picture.convert("RGB"), float) - ramp).mean() < 20
