@@ -27,8 +27,9 @@ import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import list_repo_files
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from transformers.utils import cached_file
@@ -570,9 +571,11 @@ def load_lora(model, path):
             state, prefix=model.denoiser_name, adapter_name="default",
             network_alphas=alphas, metadata=metadata,
         )
+        restore_precision(model, state)
         loaded = get_peft_model_state_dict(model.denoiser)
     except (OSError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        sys.exit(f"{file}: not a LoRA of {model.source}. {type(error).__name__}: {error}")
+        reason = str(error).strip().partition("\n")[0]
+        sys.exit(f"{file}: not a LoRA of {model.source}. {type(error).__name__}: {reason}")
     if any(key.startswith("text_encoder") for key in state):
         sys.exit(f"{file}: this LoRA also changes the text encoder, which we do not tune")
     in_file = [key for key in state if not key.endswith(".alpha")]
@@ -583,6 +586,18 @@ def load_lora(model, path):
         )
     if not all(tensor.isfinite().all() for tensor in loaded.values()):
         sys.exit(f"{file}: this LoRA holds NaN or Inf")
+
+
+def restore_precision(model, state):
+    """Gives a LoRA the fp32 values of its file, after bf16 layers have rounded them."""
+    for name, p in model.denoiser.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
+    prefix = f"{model.denoiser_name}."
+    tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not any("lora_A" in key for key in tensors):
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    set_peft_model_state_dict(model.denoiser, tensors)
 
 
 @contextlib.contextmanager

@@ -811,9 +811,9 @@ def attention_modules(args, model):
 
 
 def draw_couples(args, number, num_pairs, trained_steps):
-    """The (pair, step) couples of a round -> (couples, 2).
+    """The (pair, step) couples that a round trains on -> (couples, 2).
 
-    Of each pair --train_timesteps of the trained steps, the same ones in every inner epoch.
+    Each pair gets --train_timesteps of the trained steps, the same ones in every inner epoch.
     """
     couples = []
     for pair in range(num_pairs):
@@ -825,11 +825,11 @@ def draw_couples(args, number, num_pairs, trained_steps):
 
 
 def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
-    """The loss of couples: pairs p (B,) at steps i (B,), in one forward pass of 2B images.
+    """The loss of pairs p (B,) at steps i (B,), in one forward pass of 2B images.
 
     log_prob_old (2B,): log p_theta_old, or None while theta equals theta_old.
     Returns the loss, and without gradient log_prob, log_ratio and kl (None without DPOK), (2B,)
-    each, first for the a of every couple, then for the b.
+    each, first for the a of every pair, then for the b.
     """
     prompts = [pairs.prompts[k] for k in p] * 2
     latents = pairs.trajectories[:, p, i].flatten(0, 1).to(model.device)
@@ -837,8 +837,8 @@ def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
     advantage = pairs.advantages[:, p].flatten().to(model.device)
     i = i.repeat(2)
 
-    # This goes first: --checkpointing does not allow to switch the adapters between the forward
-    # pass with gradient and its backward pass.
+    # The pretrained model is the same network with its LoRA off. It goes first: with
+    # --checkpointing nobody may switch the LoRA between a forward pass and its backward pass.
     if args.algo == "dpok":
         with base_model(model), torch.no_grad():
             noise_pred = guided(model, scheduler, latents, i, prompts, args.guidance_scale)

@@ -114,6 +114,7 @@ DETECTOR = {
     "mit-b5": dict(train_steps=40000, batch_size=16, lr=6e-5, head_lr=6e-4, size=512),
 }
 BACKBONES = {"mit-b5": "nvidia/mit-b5"}  # trained on ImageNet; its license is not commercial
+PIXELS = ("mean", "max", "threshold")
 MOVED = ("score", "export_hard", "import_labels", "pseudo")
 
 
@@ -149,7 +150,7 @@ def add_treat_settings(parser, argv):
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
     add("--detector", help="folder, hub id, or the released ad_pytorch_model.bin")
     add("--reward", help=f"logged, not trained on: {', '.join(REWARDS)}; or name:PATH")
-    add("--pixels", choices=("mean", "max", "threshold"), default="mean", help="which are lowered")
+    add("--pixels", choices=PIXELS, default="mean", help="all, the worst, or those above 0.1")
     add("--prompts", help="text file, one prompt per line")
     add("--test_prompts", help="held-out prompts, of which we take 16; or --prompts' last 100")
     add("--data", help="real images of the regularizer, a folder with metadata.jsonl")
@@ -162,7 +163,7 @@ def add_treat_settings(parser, argv):
     add("--grad_steps", type=int, help="this many last sampling steps carry the gradient (t_tr)")
     add("--gamma", type=float, help="weight of the regularizer on real images; 0 leaves it out")
     add("--patience", type=int, default=3, help="evaluations without progress before we stop")
-    add("--max_drift", type=float, default=0.5, help="stop there; 1: as far as another image")
+    add("--max_drift", type=float, default=0.5, help="drift to stop at; another image has 1")
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA, such as DreamBooth's (section 4.3)")
@@ -232,6 +233,14 @@ def offline_loss(model, scheduler, x0, noise, t, cond, guidance_scale=1.0):
     noisy_latents = add_noise(scheduler, x0, noise, t)
     prediction = denoise(model, noisy_latents, t, cond, guidance_scale)
     return F.mse_loss(prediction, diffusion_target(scheduler, x0, noise, t))
+
+
+def condition_both(model, prompts, guidance_scale):
+    """Prompts -> (cond, uncond). Without guidance uncond is None: encoding it costs time."""
+    uncond = None
+    if guidance_scale > 1:
+        uncond = condition(model, [None] * len(prompts))
+    return condition(model, prompts), uncond
 
 
 def treat_step(
@@ -350,10 +359,10 @@ def draw_batch(indices, seed, step, batch_size):
 
 @torch.no_grad()
 def detector_metrics(detector, data, device):
-    """The metrics of Table 1 on the test rows of `data`, in percent, and what to show.
+    """The metrics of Table 1 on the test rows of `data` -> (stats, what to show).
 
-    -> dict(mse, kl, kl1) on human labels and dict(mse_real, kl1_real) on photographs, as far as
-    there are any, in one; and the images, labels and maps of the first batch, or None.
+    stats, in percent: mse, kl and kl1 on human labels, mse_real and kl1_real on photographs, as far
+    as there are any. To show: the images, labels and maps of the first batch, or None.
     """
     detector.eval()
     stats = {}
@@ -458,8 +467,8 @@ def train_detector(args):
                 buffer.copy_(old_buffer)
         optimizer.zero_grad(set_to_none=True)
 
-        # Log the update, with metrics and a picture of test images at every snapshot: each image,
-        # its label and the detector's map in a row.
+        # Log the update, with metrics and a picture of test images at every snapshot. Each row of
+        # the picture has an image, its label and the detector's map.
         stats = dict(
             loss=loss.item(),
             grad_norm=grad_norm,
@@ -501,9 +510,9 @@ def detect(detector, images, device, batch_size=16):
 def held_out_confidence(run, model, detector, reward, prompts, step, before=None, num_images=2):
     """Samples held-out prompts at fixed seeds -> (stats, images (N, 3, H, W)).
 
-    The stats are the mean over images of each map's mean and maximum, the drift and the reward. The
-    drift is the mean distance of pixels from the images `before`, over that between different
-    images of `before`. A picture goes to samples/: image before, its map, image now, its map.
+    stats: the mean over images of each map's mean and maximum, the drift and the reward. The drift
+    is the mean distance of pixels from the images `before`, divided by that between different
+    images of `before`. A picture in samples/ shows each image before and now, with its map.
     """
     images = generate(
         model,
@@ -582,7 +591,7 @@ def treat(args):
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
-    # This comes before a checkpoint is loaded: it is the model to treat, as drift is measured from.
+    # Drift is measured from the model before treating, so a checkpoint must not be loaded yet.
     first, before = held_out_confidence(run, model, detector, reward, test_prompts, step=0)
     print(f"held-out artifact confidence before: {describe(first, args.reward)}")
     if first["test_max"] < 0.1:
@@ -615,8 +624,7 @@ def treat(args):
         # Denoise pure noise up to the steps that carry the gradient, the whole batch at once.
         noise_generators = [generator(args.seed, "train", step, i) for i in range(args.batch_size)]
         noise = initial_latents(model, noise_generators)
-        cond = condition(model, prompts)
-        uncond = condition(model, [None] * args.batch_size)
+        cond, uncond = condition_both(model, prompts, args.guidance_scale)
         num_prefix_steps = args.num_inference_steps - args.grad_steps
         with merged(model):
             latents = sample(
@@ -628,10 +636,10 @@ def treat(args):
         if args.gamma:
             images, captions = next(batches)
             x0 = encode(model, images, args.micro_batch)
-            generators = [generator(args.seed, "offline", step, i) for i in range(args.batch_size)]
-            real_noise = initial_latents(model, generators)
-            picks = [torch.randint(1000, (), generator=g) for g in generators]
-            t = timesteps[torch.stack(picks)].to(device)
+            draws = [generator(args.seed, "offline", step, i) for i in range(args.batch_size)]
+            real_noise = initial_latents(model, draws)
+            t_indices = [torch.randint(1000, (), generator=draw) for draw in draws]
+            t = timesteps[torch.stack(t_indices)].to(device)
 
         # Do the last steps with gradient and lower the confidence, a micro-batch at a time. Each
         # micro-batch's mean counts by its share of the batch.
@@ -640,8 +648,7 @@ def treat(args):
         total_offline_loss = 0.0
         for i in range(0, args.batch_size, args.micro_batch):
             part = slice(i, i + args.micro_batch)
-            cond = condition(model, prompts[part])
-            uncond = condition(model, [None] * len(prompts[part]))
+            cond, uncond = condition_both(model, prompts[part], args.guidance_scale)
             confidence = treat_step(
                 model, scheduler, detector, latents[part], cond, uncond, noise_generators[part],
                 args.grad_steps, args.guidance_scale,

@@ -828,8 +828,8 @@ def print_notes(folder, own):
         print(f"{folder}: the oracle abstained on {abstained:.1%} of the images (not correct)")
     too_few = [name for name, summary in own.items() if not summary.get("full_rank", True)]
     if too_few:
-        reason = "there are no more images than the features have dimensions"
-        print(f"{folder}: {', '.join(too_few)} means little: {reason}")
+        reason = "there are no more of them than the features have dimensions"
+        print(f"{folder}: too few images for {', '.join(too_few)}: {reason}")
 
 
 def report(results, folders, shown):

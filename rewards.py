@@ -77,8 +77,7 @@ def build_reward(name, path, device):
         return ClipScore("ViT-H-14", device, path=file, pad=True)
     if name == "pick":
         # PickScore was published without a processor: it has that of the CLIP it started from.
-        has_processor = path and os.path.isfile(f"{path}/tokenizer_config.json")
-        processor = path if has_processor else CLIP_VIT_H
+        processor = find_tokenizer(path, CLIP_VIT_H) if path else CLIP_VIT_H
         return PickScore(path or "yuvalkirstain/PickScore_v1", processor, device)
     if name == "imagereward":
         return ImageReward(find_file(path, "ImageReward.pt", "THUDM/ImageReward"), device)
@@ -120,6 +119,11 @@ def find_file(path, filename, repo=None):
     if path and os.path.isfile(path):
         return Path(path)
     return Path(cached_file(path or repo, filename))
+
+
+def find_tokenizer(folder, repo):
+    """The folder, if a tokenizer lies in it beside the weights; else the repo on the hub."""
+    return folder if os.path.isfile(f"{folder}/tokenizer_config.json") else repo
 
 
 def read_weights(path):
@@ -194,9 +198,7 @@ def preprocess(images, size, mean, std, pad=False, floor_crop=False):
         images = TF.crop(images, (height - size) // 2, (width - size) // 2, size, size)
     else:
         images = TF.center_crop(images, [size, size])
-    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(std, device=images.device).view(3, 1, 1)
-    return (images - mean) / std
+    return TF.normalize(images, mean, std)
 
 
 def judge_dtype(device):
@@ -378,9 +380,7 @@ class ImageReward:
     def __init__(self, path, device, raw=False):
         self.net = build_blip_scorer(read_weights(path)).to(device, judge_dtype(device))
         self.net["mlp"].float()
-        folder = Path(path).parent
-        has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        source = folder if has_tokenizer else "google-bert/bert-base-uncased"
+        source = find_tokenizer(Path(path).parent, "google-bert/bert-base-uncased")
         self.tokenizer = BertTokenizer.from_pretrained(source)
         self.raw = raw
         self.texts = {}  # prompt -> (token ids, attention mask)
@@ -442,9 +442,7 @@ class MPS:
             cross = [layers[f"{i}.0.fn.{name}.weight"].to(device) for name in self.CROSS_WEIGHTS]
             own = [layers[f"{i}.1.fn.{name}.weight"].to(device) for name in self.SELF_WEIGHTS]
             self.layers.append((cross, own))
-        folder = Path(path).parent
-        has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        source = folder if has_tokenizer else CLIP_VIT_H
+        source = find_tokenizer(Path(path).parent, CLIP_VIT_H)
         self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         self.size = self.clip.config.vision_config.image_size
         self.condition = self.text([self.CONDITION])[0][0]  # (77, D)
@@ -476,7 +474,9 @@ class MPS:
         x = self.clip.visual_projection(self.clip.vision_model(pixels).last_hidden_state)
         for cross, own in self.layers:
             x = cross_layer(x, tokens, mask, *cross)
-            x = self_layer(x, head_width=len(cross[2]) // 2, *own)
+            # Key and value share one matrix, of one head each.
+            head_width = len(cross[2]) // 2
+            x = self_layer(x, head_width, *own)
         return self.clip.logit_scale.exp() * F.cosine_similarity(end, x[:, 0], dim=-1)
 
 
@@ -488,7 +488,7 @@ def cross_layer(x, tokens, mask, norm, to_q, to_kv, to_out, ff_up, ff_down):
     return x + attention @ to_out.T + swiglu(h @ ff_up.T) @ ff_down.T
 
 
-def self_layer(x, norm, fused, attn_out, ff_out, head_width):
+def self_layer(x, head_width, norm, fused, attn_out, ff_out):
     """Image tokens x (B, 257, D) look at each other; a feed-forward beside it."""
     h = F.layer_norm(x, norm.shape, norm)
     ff_width = 2 * ff_out.shape[1]
@@ -578,9 +578,8 @@ class Detector(torch.nn.Module):
     def forward(self, images):
         size = [self.size, self.size]
         images = TF.resize(images, size, InterpolationMode.BILINEAR, antialias=True)
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        logits = self.net((images - mean) / std).logits.float()
+        pixels = TF.normalize(images, self.mean, self.std)
+        logits = self.net(pixels).logits.float()
         return F.interpolate(logits, size, mode="bilinear")[:, 0].sigmoid()
 
     def save(self, folder):

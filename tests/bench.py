@@ -46,6 +46,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -54,7 +55,6 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 from transformers import AutoModelForSemanticSegmentation, CLIPModel, CLIPTextModel
 from transformers import PreTrainedTokenizerFast, SegformerConfig, SegformerForSemanticSegmentation
@@ -236,7 +236,8 @@ class PlainToy:
         """Latents of images that are read from the disk."""
         images = []
         for i in torch.randint(len(self.files), (batch_size,)):
-            images.append(pil_to_tensor(Image.open(self.files[i]).convert("RGB")) / 255)
+            pixels = np.array(Image.open(self.files[i]).convert("RGB"))
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
         return self.vae.encode(torch.stack(images) * 2 - 1).latent_dist.mean
 
     def update(self, max_norm=math.inf):
@@ -413,35 +414,44 @@ def cpu(pairs):
             print(f"{what:<48}{alone[0]:.3f} s, {alone[0] / ours:.2f} times the script's")
 
 
-def keep_saved(saved):
-    """Inside, each storage that autograd saves goes into the dict `saved`, parameters left out."""
+@contextlib.contextmanager
+def kept_for_backward():
+    """Inside, what autograd saves goes into the dict that this yields: each storage once.
+
+    Parameters are left out.
+    """
+    kept = {}
 
     def pack(x):
         owner = x if x._base is None else x._base
         if not isinstance(owner, torch.nn.Parameter):
-            # The tensor is kept, so that no later one gets its address.
-            saved[x.untyped_storage().data_ptr()] = x
+            # It holds the tensor itself, so that no later one gets its address.
+            kept[x.untyped_storage().data_ptr()] = x
         return x
 
     def unpack(x):
         return x
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield kept
 
 
-def num_bytes(saved):
-    return sum(x.untyped_storage().nbytes() for x in saved.values())
+def num_bytes(kept):
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 def saved_bytes(script, words):
     """Bytes that autograd saves in one update. With one micro-batch it holds them all at once."""
-    saved = {}
+    totals = []
 
+    @contextlib.contextmanager
     def around(step):
-        return keep_saved(saved)
+        with kept_for_backward() as kept:
+            yield
+        totals.append(num_bytes(kept))
 
     updates(script, [*words, "--train_steps", 1], around)
-    return num_bytes(saved)
+    return totals[0]
 
 
 def sweep(pairs):

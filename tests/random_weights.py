@@ -477,6 +477,7 @@ def write_vit(folder):
     network.save_pretrained(folder)
     processor = dict(size=48, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
 
 
 @torch.no_grad()

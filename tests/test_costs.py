@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import CPU, PROMPTS, ROOT, run_script, training_commands
 from diffusers import AutoencoderKL
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import combined_sample
-import common
 import evaluate
 import rewards
 from common import condition, decode, denoise, encode, load_model, make_trainable
@@ -52,44 +52,35 @@ class Reads(TorchDispatchMode):
         return out
 
 
-def count_calls(network, name, calls):
-    """Counts in `calls` each call of a network: (name, images, whether it has gradient)."""
-
-    def count(module, args, kwargs):
-        (images, *_) = (*args, *kwargs.values())
-        calls[name, len(images), torch.is_grad_enabled()] += 1
-
-    network.register_forward_pre_hook(count, with_kwargs=True)
+NETWORKS = {  # by the name of their class
+    "UNet2DConditionModel": "denoiser",
+    "Encoder": "encoder",
+    "Decoder": "decoder",
+    "CLIPVisionEmbeddings": "reward",
+    "Detector": "detector",
+}
 
 
 def measure_updates(world, name, micro_batch):
-    """Two updates of a script on the tiny model and the toy judges.
+    """Two updates of a script on the tiny model and the toy judges -> {step: what it costs}.
 
-    -> {step: its FLOPs, the calls of its networks, and the number of values that it reads back}
+    calls: {(network, images, whether with gradient): how often}. reads: values that are read back.
     """
     module, words = training_commands(world)[name]
     calls = Counter()
     found = {}
 
-    def load_model(*args, **kwargs):
-        model = common.load_model(*args, **kwargs)
-        count_calls(model.denoiser, "denoiser", calls)
-        count_calls(model.vae.encoder, "encoder", calls)
-        count_calls(model.vae.decoder, "decoder", calls)
-        return model
+    def count_call(module, args):
+        network = NETWORKS.get(type(module).__name__)
+        if network:
+            calls[network, len(args[0]), torch.is_grad_enabled()] += 1
 
     def load_reward(*args):
         reward, reward_range = rewards.load_reward(*args)
         # Each text is encoded once per run, so it is no cost of a step.
         for prompt in PROMPTS:
             reward.text(prompt)
-        count_calls(reward.clip.vision_model, "reward", calls)
         return reward, reward_range
-
-    def load_detector(*args):
-        detector = rewards.load_detector(*args)
-        count_calls(detector.net, "detector", calls)
-        return detector
 
     @contextlib.contextmanager
     def around(step):
@@ -97,11 +88,11 @@ def measure_updates(world, name, micro_batch):
         with FlopCounterMode(display=False) as counter, Reads() as reads:
             yield
         total = counter.get_total_flops()
-        found[step] = SimpleNamespace(flops=total, calls=dict(calls), reads=reads.count)
+        found[step] = SimpleNamespace(flops=total, reads=reads.count, calls=dict(calls))
 
     words = [*words, *FLAGS[name], "--train_steps", 2, "--micro_batch", micro_batch]
-    judges = dict(load_reward=load_reward, load_detector=load_detector)
-    bench.updates(module.__name__, words, around, load_model=load_model, **judges)
+    with register_module_forward_pre_hook(count_call):
+        bench.updates(module.__name__, words, around, load_reward=load_reward)
     return found
 
 
@@ -202,10 +193,6 @@ def test_a_round_of_dfusion_samples_once_and_replays_only_the_fused_steps(world,
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# Memory
-
-
 @pytest.fixture
 def images_in_vae(monkeypatch):
     """How many images each call of a VAE has: dict(encode=[...], decode=[...])."""
@@ -220,26 +207,15 @@ def images_in_vae(monkeypatch):
     return sizes
 
 
-HELD_OUT = 2 * 2 * len(PROMPTS)  # two images per prompt, before and after
-DECODED = {  # images in two updates
-    "refl": 2 * B + HELD_OUT,
-    "imagerefl": 2 * B + HELD_OUT,
-    "treat": 2 * B + HELD_OUT,
-    # I0 of the pool and of the held-out prompts; and I of the pictures, before and after.
-    "focus_n_fix": 2 * B + HELD_OUT + 4 + 4 + 2 * 4,
-    # A round's samples and targets.
-    "dfusion_dpo": 4 + 2 + HELD_OUT,
-}
-
-
-@pytest.mark.parametrize("name", list(DECODED))
+@pytest.mark.parametrize("name", list(FLAGS))
 def test_the_vae_never_sees_more_than_a_micro_batch(world, images_in_vae, name):
     """Also of held-out images, where SDXL's VAE would need 24 GiB for all of them at once."""
     module, words = training_commands(world)[name]
     micro_batch = 2 if name == "dfusion_dpo" else 1
     words = [*words, "--train_steps", 2, "--test_prompts", world.prompts]
     assert run_script(module, *words, "--micro_batch", micro_batch, "--out", "run") == 0
-    assert sum(images_in_vae["decode"]) == DECODED[name]
+    # Two held-out images per prompt, before and after; and those of the training.
+    assert sum(images_in_vae["decode"]) >= 2 * 2 * len(PROMPTS) + 2 * B
     assert sum(images_in_vae["encode"]) == (2 * B if "--data" in words else 0)
     assert set(images_in_vae["encode"] + images_in_vae["decode"]) == {micro_batch}
 
@@ -262,24 +238,21 @@ def test_sampling_from_a_run_decodes_a_micro_batch_at_a_time(world, images_in_va
 
 def test_checkpointing_saves_far_less_for_the_backward_pass():
     """It includes the VAE, which saves most: 2.8 of 3.6 GiB per image in SD 1.5 at 512 pixels."""
-    unet_bytes = {}
-    vae_bytes = {}
+    unet = {}
+    vae = {}
     for checkpointing in (False, True):
         model = load_model("toy", CPU)
         make_trainable(model, 4, checkpointing=checkpointing)
         cond = condition(model, PROMPTS[:1])
-        latents = torch.randn(1, *model.latent_shape)
-        in_unet = {}
-        in_vae = {}
-        with bench.keep_saved(in_unet):
-            noise_pred = denoise(model, latents, torch.tensor(301), cond)
-        with bench.keep_saved(in_vae):
-            images = decode(model, latents.requires_grad_())
-        assert noise_pred.requires_grad and images.requires_grad
-        unet_bytes[checkpointing] = bench.num_bytes(in_unet)
-        vae_bytes[checkpointing] = bench.num_bytes(in_vae)
-    assert 0 < unet_bytes[True] < 0.25 * unet_bytes[False]
-    assert 0 < vae_bytes[True] < 0.5 * vae_bytes[False]
+        latents = torch.randn(1, *model.latent_shape, requires_grad=True)
+        with bench.kept_for_backward() as kept:
+            denoise(model, latents, torch.tensor(301), cond)
+        unet[checkpointing] = bench.num_bytes(kept)
+        with bench.kept_for_backward() as kept:
+            decode(model, latents)
+        vae[checkpointing] = bench.num_bytes(kept)
+    assert 0 < unet[True] < 0.25 * unet[False]
+    assert 0 < vae[True] < 0.5 * vae[False]
 
 
 def test_the_prefix_saves_nothing(world):
@@ -292,10 +265,7 @@ def test_the_prefix_saves_nothing(world):
 
 
 def test_compile_has_room_for_every_shape(world, monkeypatch):
-    """Blocks of one class share dynamo's cache, and a full graph over its limit is an error.
-
-    An update of the toy model needs 14: widths and batch sizes, with gradient and without.
-    """
+    """Blocks of one class share dynamo's cache. An update of the toy model needs 14 places."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     make_trainable(load_model(world.sd, CPU), 4, compile=True)
     assert torch._dynamo.config.recompile_limit >= 64
@@ -310,10 +280,6 @@ def test_channels_last_weights_are_saved_as_others_are(world):
     model.save("weights")
     again = type(model.denoiser).from_pretrained("weights/unet").conv_in.weight
     assert again.is_contiguous() and torch.equal(again, weight)
-
-
-# --------------------------------------------------------------------------------------------------
-# tests/bench.py, as far as a CPU can run it
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])

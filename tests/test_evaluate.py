@@ -13,8 +13,7 @@ import torch
 from conftest import CPU, PROMPTS, random_lora, run_script
 from PIL import Image
 from random_weights import vit_feature
-from safetensors.torch import load_file, save_file
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from safetensors.torch import save_file
 
 import evaluate
 from common import TOY, generator, load_model, make_trainable
@@ -25,7 +24,6 @@ from toy.scenes import render, sample_scene
 
 
 def measure(*words):
-    """Runs evaluate.py -> what --out holds."""
     assert run_script(evaluate, *words, "--out", "results.json") == 0
     return json.loads(Path("results.json").read_text())
 
@@ -46,9 +44,7 @@ def pixels_of(path):
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    random_weights.write_vit(folder)
-    return folder
+    return random_weights.write_vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture
@@ -69,26 +65,28 @@ def scenes(tmp_path):
 
 
 def by_prompt(folder, value_of):
-    """{prompt id: mean of value_of(image, prompt)} by hand."""
-    groups = {}
-    for row in read_rows(folder):
-        value = value_of(pixels_of(folder / row["file_name"]), row["text"])
-        groups.setdefault(str(row["prompt_id"]), []).append(value)
-    return {prompt_id: np.mean(group) for prompt_id, group in groups.items()}
+    """{prompt id: mean of value_of(image, prompt)}."""
+    rows = read_rows(folder)
+    values = [value_of(pixels_of(folder / row["file_name"]), row["text"]) for row in rows]
+    return evaluate.prompt_means(torch.tensor(values), [str(row["prompt_id"]) for row in rows])
 
 
 def test_prompt_means_and_diversity_equal_loops():
+    means = evaluate.prompt_means(torch.tensor([1.0, 2.0, 4.0]), ["p", "q", "p"])
+    assert means == {"p": 2.5, "q": 2.0}
+    # Where the oracle abstains, an image is not correct.
+    values = torch.tensor([1.0, float("nan"), 0.0, 1.0])
+    summary = evaluate.summarize("toy_correct", values, [*"pprr"])
+    assert summary["per_prompt"] == {"p": 0.5, "r": 0.5} and summary["abstained"] == 0.25
     rng = np.random.default_rng(0)
     features, ids = rng.normal(size=(9, 5)), [*"xyxzyxwwx"]
     expected = {}
+    # z has one image, and so no pair.
     for prompt_id in "xyw":
         group = [f / np.linalg.norm(f) for f, other in zip(features, ids) if other == prompt_id]
         pairs = [1 - group[i] @ group[j] for i in range(len(group)) for j in range(i)]
         expected[prompt_id] = np.mean(pairs)
-    # z has one image, and so no pair.
     assert evaluate.dino_diversity(torch.tensor(features), ids) == pytest.approx(expected)
-    means = evaluate.prompt_means(torch.tensor([1.0, 2.0, 4.0]), ["p", "q", "p"])
-    assert means == {"p": 2.5, "q": 2.0}
 
 
 @pytest.mark.parametrize("n, m, d", [(60, 50, 12), (10, 9, 16)])
@@ -98,7 +96,6 @@ def test_frechet_equals_scipys_square_root(n, m, d):
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
-    # Where the covariances are not of full rank, scipy is the less exact one.
     rel = 1e-4 if n < d else 1e-9
     assert evaluate.frechet(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, rel=rel)
     assert evaluate.frechet(torch.tensor(a), torch.tensor(a)) == pytest.approx(0, abs=1e-5)
@@ -126,19 +123,14 @@ def test_intervals():
     torch.manual_seed(1)
     assert evaluate.interval(samples[0], resamples=400) == intervals[0]
     assert evaluate.summarize_prompts({"0": 3.0})["low"] is None
-    assert evaluate.summarize_prompts({})["mean"] is None
 
 
 def test_pairs_have_the_same_prompts_and_seeds():
-    rows = [dict(prompt_id=p, text=f"text {p}", seed=s) for p in "ab" for s in (0, 1)]
+    rows = [dict(prompt_id=p, text=p, seed=s) for p in "ab" for s in (0, 1)]
     evaluate.check_pairs(rows, rows[::-1])
-    other_seed = [*rows[:3], dict(rows[3], seed=2)]
-    other_text = [dict(row, text="x") if row["prompt_id"] == "b" else row for row in rows]
-    for changed in (other_seed, other_text):
+    for changed in ([*rows[:3], dict(rows[3], seed=2)], [*rows[:2], dict(rows[2], text="x")]):
         with pytest.raises(ValueError, match="1 of 2 and 2 prompts have the same text and seeds"):
             evaluate.check_pairs(rows, changed)
-    with pytest.raises(ValueError, match="1 of 2 and 1 prompts"):
-        evaluate.check_pairs(rows, rows[:2])
     with pytest.raises(ValueError, match="no seeds"):
         evaluate.check_pairs(rows, [dict(rows[0], seed=None)])
 
@@ -146,31 +138,33 @@ def test_pairs_have_the_same_prompts_and_seeds():
 def test_metrics_equal_a_computation_by_hand(scenes, vit):
     a, b = scenes / "a", scenes / "b"
     clip, _ = load_reward("toy_clip", CPU)
-    second_judge, _ = load_reward(f"toy_pref:{TOY}/pref_b", CPU)
+    judge, _ = load_reward(f"toy_pref:{TOY}/pref_b", CPU)
     detector = load_detector(TOY / "detector", CPU)
     by_hand = dict(
         toy_correct=lambda image, text: correct(image, text) is True,
         toy_clip=lambda image, text: clip(image[None], [text]).item(),
-        toy_pref_b=lambda image, text: second_judge(image[None], [text]).item(),
+        toy_pref_b=lambda image, text: judge(image[None], [text]).item(),
         artifact_mean=lambda image, text: detector(image[None]).mean().item(),
         artifact_max=lambda image, text: detector(image[None]).max().item(),
     )
-    result = measure(a, b, "--metrics", ",".join([*by_hand, "dino_div,drift"]), "--dino", vit)
+    metrics = ",".join([*by_hand, "dino_div,drift"])
+    result = measure(a, b, "--metrics", metrics, "--dino", vit, "--plot", "plot.png")
+    assert Image.open("plot.png").size == (5 * 440, 374)
     own = result["folders"][str(a)]
     for metric, value_of in by_hand.items():
         expected = by_prompt(a, value_of)
         assert own[metric]["per_prompt"] == pytest.approx(expected, abs=1e-4)
-        assert own[metric]["mean"] == pytest.approx(np.mean([*expected.values()]), abs=1e-4)
+        mean = np.mean([*expected.values()])
+        assert own[metric]["mean"] == pytest.approx(mean, abs=1e-4)
+        difference = result["differences"][str(b)][metric]["mean"]
+        mean_of_b = result["folders"][str(b)][metric]["mean"]
+        assert difference == pytest.approx(mean_of_b - mean, abs=1e-4)
     assert 0 < own["toy_correct"]["mean"] < 1
     features = [vit_feature(vit, pixels_of(a / f"0-{k}.png")) for k in range(3)]
     cosines = [features[i] @ features[j] for i, j in ((0, 1), (0, 2), (1, 2))]
-    diversity = own["dino_div"]
-    assert diversity["per_prompt"]["0"] == pytest.approx(1 - np.mean(cosines), abs=1e-5)
-    assert (diversity["prompts"], diversity["left_out"]) == (2, 1)
-
-    for metric, difference in result["differences"][str(b)].items():
-        of_b = result["folders"][str(b)][metric]
-        assert difference["mean"] == pytest.approx(of_b["mean"] - own[metric]["mean"], abs=1e-12)
+    diversity = own["dino_div"]["per_prompt"]
+    assert diversity["0"] == pytest.approx(1 - np.mean(cosines), abs=1e-5)
+    assert list(diversity) == ["0", "2"] and own["dino_div"]["left_out"] == 1
     x, y = pixels_of(a / "1-0.png"), pixels_of(b / "1-0.png")
     drift = result["drift"][str(b)]
     psnr = 10 * np.log10(1 / (x - y).square().mean().item())
@@ -183,9 +177,8 @@ def test_identical_folders_differ_by_nothing(scenes):
     shutil.copytree(scenes / "a", scenes / "c")
     a, c = str(scenes / "a"), str(scenes / "c")
     result = measure(a, c, "--reference", c, "--metrics", "toy_pref,frechet_toy,cov_dist,drift")
-    assert [result["differences"][c][name]["mean"] for name in ("toy_pref", "cov_dist")] == [0, 0]
+    assert [difference["mean"] for difference in result["differences"][c].values()] == [0, 0, 0]
     assert result["folders"][a]["frechet_toy"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert result["folders"][a]["cov_dist"]["mean"] == 0
     assert result["drift"][c]["psnr"]["mean"] == pytest.approx(100)
     assert result["drift"][c]["dino"]["mean"] == pytest.approx(0, abs=1e-6)
 
@@ -197,23 +190,14 @@ def test_order_and_batch_size_do_not_matter(scenes, vit):
     write_rows(scenes / "b", read_rows(scenes / "b")[::-1])
     assert measure(*words) == before
     shutil.rmtree(scenes / "b" / ".evaluate")
-    after = measure(*words, "--batch_size", 3)
-    for part, metric in (("folders", "toy_clip"), ("drift", "psnr"), ("drift", "dino")):
-        mean = after[part][b][metric]["mean"]
-        assert mean == pytest.approx(before[part][b][metric]["mean"], abs=1e-4)
+    after = measure(*words, "--batch_size", 3)["folders"][b]["toy_clip"]
+    assert after["mean"] == pytest.approx(before["folders"][b]["toy_clip"]["mean"], abs=1e-4)
     # Another seed: nothing pairs, and drift is nothing but pairs.
     rows = read_rows(scenes / "b")
     write_rows(scenes / "b", [dict(rows[0], seed=9), *rows[1:]])
     assert "does not pair" in run_script(evaluate, *words)
     result = measure(a, b, "--metrics", "toy_clip")
     assert result["differences"] == {} and list(result["not_paired"]) == [b]
-
-
-def test_abstentions_count_as_not_correct():
-    values = torch.tensor([1.0, float("nan"), 0.0, 1.0])
-    summary = evaluate.summarize("toy_correct", values, ["0", "0", "1", "1"])
-    assert summary["per_prompt"] == {"0": 0.5, "1": 0.5}
-    assert (summary["mean"], summary["abstained"]) == (0.5, 0.25)
 
 
 def test_features_are_kept_until_something_changes(scenes, vit, capsys):
@@ -243,9 +227,6 @@ def test_features_are_kept_until_something_changes(scenes, vit, capsys):
     assert diversity() == true
     cache.write_bytes(b"damaged")
     assert diversity() == true and "not readable" in capsys.readouterr().out
-    shutil.rmtree(cache.parent)
-    cache.parent.write_text("no folder can be made here")
-    assert diversity() == true and "are not kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -254,31 +235,25 @@ def test_over_steps(world, vit, tmp_path, rank):
     model = load_model(world.sd, CPU)
     params = make_trainable(model, rank)
     for step in (1, 2):
-        if rank:
-            random_lora(params, size=0.1 * step)
-        else:
-            params[0].data += 0.3
+        random_lora(params if rank else params[:1], size=0.1 * step)
         model.save(run / ("lora" if rank else "model") / f"step_{step:06d}")
     sampler = dict(scheduler="ddpm", eta=1.0, num_inference_steps=2, guidance_scale=1.0)
-    config = dict(model=world.sd, lora_rank=rank, resolution=16, sampler=sampler)
-    config["test_prompts"] = world.prompts
-    (run / "config.json").write_text(json.dumps(config))
+    config = dict(model=world.sd, lora_rank=rank, resolution=16, test_prompts=world.prompts)
+    (run / "config.json").write_text(json.dumps({**config, "sampler": sampler}))
     words = ["--over_steps", run, "--num_images", 2, "--dino", vit]
-    words += ["--metrics", "dino_div,drift", "--plot", tmp_path / "steps.png"]
+    words += ["--metrics", "dino_div,drift", "--plot", "steps.png"]
     result = measure(*words)
     assert list(result["steps"].values()) == [0, 1, 2] and len(result["drift"]) == 2
     assert len({result["folders"][folder]["dino_div"]["mean"] for folder in result["steps"]}) == 3
-    assert Image.open(tmp_path / "steps.png").size[1] > 100
     # `model` is as the last snapshot has it.
     for i, image in enumerate(generate(model, PROMPTS, 0, sampler, 2)):
         saved = pixels_of(run / f"over_steps/step_000002/{i // 2:05d}_{i % 2:02d}.png")
         assert (image - saved).abs().max() < 1.01 / 255
-    # Nothing is sampled twice, unless it is to be another sample.
+    # Nothing is sampled twice.
     made = {path: path.stat().st_mtime_ns for path in run.rglob("*.png")}
-    assert len(made) == 3 * 4 * 2 and measure(*words) == result
+    assert len(made) == 3 * 4 * 2 and Path("steps.png").is_file()
+    assert measure(*words) == result
     assert made == {path: path.stat().st_mtime_ns for path in run.rglob("*.png")}
-    measure(*words, "--num_images", 1)
-    assert len([*run.rglob("*.png")]) == 3 * 4
 
 
 def test_report(capsys):
@@ -286,35 +261,22 @@ def test_report(capsys):
     no_value = dict(mean=None, low=None, high=None, prompts=0, per_prompt={}, left_out=2)
     distance = dict(mean=2.0, low=None, high=None, prompts=2, per_prompt={}, full_rank=False)
     own = dict(toy_correct={**summary, "abstained": 0.125}, dino_div=no_value, cov_dist=distance)
-    folders = {"x": [dict(prompt_id=str(i)) for i in range(2)], "long": [dict(prompt_id="0")]}
-    results = dict(folders={"x": own}, differences={"long": own}, not_paired={}, drift={})
+    folders = {"x": [dict(prompt_id="0"), dict(prompt_id="1")]}
+    results = dict(folders={"x": own}, differences={}, not_paired={}, drift={})
     evaluate.report(results, folders, dict(dino="toy", detector=None))
     assert capsys.readouterr().out == (
         "folder  images  prompts  toy_correct              dino_div  cov_dist\n"
         "x       2       2        0.5000 [0.2500, 0.7500]  -         2.0000\n"
         "\n"
-        "minus x  images  prompts  toy_correct              dino_div  cov_dist\n"
-        "long     1       1        0.5000 [0.2500, 0.7500]  -         2.0000\n"
-        "\n"
         "x: dino_div leaves out 2 of 2 prompts with only one image\n"
         "x: the oracle abstained on 12.5% of the images (not correct)\n"
-        "x: cov_dist means little: there are no more images than the features have dimensions\n"
+        "x: too few images for cov_dist: "
+        "there are no more of them than the features have dimensions\n"
         "dino: toy\n"
     )
 
 
-def test_plot(scenes, vit):
-    metrics = "toy_pref,toy_correct,dino_div"
-    measure(scenes / "a", scenes / "b", "--metrics", metrics, "--dino", vit, "--plot", "plot.png")
-    # Two panels of quality against diversity.
-    width, height = Image.open("plot.png").size
-    assert width > 1.5 * height > 300
-    bars = evaluate.error_bars([dict(mean=2.0, low=1.5, high=4.0), dict(mean=1.0, low=None)])
-    assert bars == ([0.5, 0.0], [2.0, 0.0])
-
-
 def test_inception_is_pytorch_fids(tmp_path, monkeypatch):
-    """With random weights that stand in for the published file."""
     inception = pytest.importorskip("pytorch_fid.inception")
     state = {}
     with monkeypatch.context() as patch:
@@ -334,21 +296,12 @@ def test_inception_is_pytorch_fids(tmp_path, monkeypatch):
         assert torch.equal(features, theirs(images)[0][:, :, 0, 0]) and features.std() > 0
 
 
-def test_imagereward_raw(tmp_path):
-    folder = random_weights.write("imagereward", tmp_path)
-    inputs = (torch.rand(1, 3, 32, 32, generator=generator(0, "images")), ["a sea"])
-    r = evaluate.load_network("imagereward", folder, CPU)(*inputs)
-    raw = evaluate.load_network("imagereward_raw", folder, CPU)(*inputs)
-    torch.testing.assert_close(raw, 1.0333394966054072 * r + 0.16717362830052426)
-
-
 def test_bad_folders_and_flags(tmp_path):
     def message_of(*words):
         return run_script(evaluate, tmp_path, "--metrics", *words)
 
     Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
     row = dict(file_name="x.png", text="a red star")
-    assert "no metadata.jsonl" in message_of("toy_clip")
     for rows, message in (
         ([], "no image in it"),
         (["{"], "line 1: "),
@@ -364,20 +317,15 @@ def test_bad_folders_and_flags(tmp_path):
         ("toy_correct", "not a caption of the toy world"),
         (f"cov_dist --reference {tmp_path}", "one image has no covariance"),
         ("toy_perf", "no such metric"),
-        ("dino_div:x", "takes no path"),
-        ("hps:gone.pt", "gone.pt does not exist"),
         ("fid", "needs --reference"),
         ("drift", "needs two folders"),
         ("toy_clip --plot p.png", "--plot needs"),
-        ("toy_clip --out gone/r.json", "there is no folder gone"),
-        ("toy_clip --over_steps run", "instead of them"),
         (f"dino_div --dino {tmp_path}", "dino: cannot load its weights"),
     ):
         assert message in message_of(*words.split())
     # PIL would turn a 16-bit gray image white.
-    Image.new("I;16", (64, 64), 30000).save(tmp_path / "x.png")
-    with pytest.raises(OSError, match="x.png: not a readable image .more than 8 bits"):
-        evaluate.read_image(tmp_path / "x.png")
-    (tmp_path / "x.png").write_bytes(b"damaged")
-    with pytest.raises(OSError, match="x.png: not a readable image"):
-        evaluate.read_image(tmp_path / "x.png")
+    Image.new("I;16", (64, 64), 30000).save(tmp_path / "gray.png")
+    (tmp_path / "damaged.png").write_bytes(b"damaged")
+    for name, reason in (("gray", "more than 8 bits"), ("damaged", "cannot identify")):
+        with pytest.raises(OSError, match=f"{name}.png: not a readable image .{reason}"):
+            evaluate.read_image(tmp_path / f"{name}.png")

@@ -202,6 +202,17 @@ def test_alpha_and_rank_are_those_of_the_file(world, tmp_path):
         assert (denoise(model, latents, T, cond) - ours).abs().max() > 0.01
 
 
+def test_a_bf16_model_keeps_the_files_fp32_values(world, tmp_path):
+    model = with_lora(world.sd)
+    model.save(tmp_path)
+    saved = load_file(tmp_path / LORA_FILE)
+    coarse = load_model(world.sd, CPU)
+    in_dtype(coarse, torch.bfloat16)
+    load_lora(coarse, tmp_path)
+    coarse.save(tmp_path / "again")
+    assert same_tensors(load_file(tmp_path / "again" / LORA_FILE), saved)
+
+
 def test_other_layouts_open_as_in_diffusers(world, tmp_path):
     """The older names `lora.down` and `lora.up`, which diffusers still reads."""
     model = with_lora(world.sd)

@@ -20,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPImageProcessor
 from transformers import CLIPModel, SegformerConfig, SegformerForSemanticSegmentation
 
+import evaluate
 import rewards
 from common import TOY, generator
 from rewards import CLIP_MEAN, CLIP_STD, MPS, REWARDS, load_detector, load_reward, preprocess
@@ -119,7 +120,7 @@ def test_imagereward_is_blip(weights, tmp_path):
         images = pictures(*size)
         inputs = (folder, crop(images, 32), PROMPTS)
         raw = imagereward_scores(*inputs)
-        raw_reward = rewards.ImageReward(file, CPU, raw=True)
+        raw_reward = evaluate.load_network("imagereward_raw", folder, CPU)
         torch.testing.assert_close(raw_reward(images, PROMPTS), raw, rtol=1e-4, atol=2e-5)
         r = (raw - 0.16717362830052426) / 1.0333394966054072
         reward = load("imagereward", folder)
@@ -220,7 +221,6 @@ def test_sizes_are_read_off_the_published_tensors():
     assert [config.num_attention_heads for config in configs] == [16, 12, 16, 16]
     assert [config.layer_norm_eps for config in configs] == [1e-6, 1e-12, 1e-5, 1e-5]
     assert {config.hidden_act for config in configs} == {"gelu"}
-    # The file on the hub has 1.79 GB.
     assert 4 * sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(1.79e9, rel=0.01)
 
 

@@ -57,8 +57,8 @@ def test_no_test_combination_occurs_in_training_in_any_order():
     assert not train & test
     assert sorted(len(kinds) for kinds in test) == [1] * 5 + [2] * 20
     # Every color and every shape is tested alone.
-    singles = [kind for kinds in test if len(kinds) == 1 for kind in kinds]
-    assert {name for kind in singles for name in kind} == {*COLOURS, *SHAPES}
+    singles = [caption for caption in all_captions(True) if " a " not in caption]
+    assert set(" ".join(singles).split()) == {"a", *COLOURS, *SHAPES}
     for is_test, side in ((False, "train"), (True, "test")):
         drawn = [sample_caption(np.random.default_rng(i), is_test) for i in range(500)]
         prompts = (ROOT / f"prompts_{side}.txt").read_text().splitlines()
@@ -126,12 +126,12 @@ def test_reading_returns_what_was_drawn():
 
 
 def test_every_kind_of_image_gives_the_same_verdict():
-    image = picture(thing("red", "circle"))
+    image = picture(CIRCLE, SQUARE)
     tensor = torch.from_numpy(image).permute(2, 0, 1).requires_grad_()
     pil = to_pil(tensor)
     for same in (image, tensor, tensor.half(), pil, pil.convert("RGBA"), pil.resize((256, 256))):
-        assert oracle.correct(same, "a red circle") is True
-        assert oracle.correct(same, "a blue circle") is False
+        assert oracle.correct(same, "a red circle left of a blue square") is True
+        assert oracle.correct(same, "a red circle above a blue square") is False
     for bad in (image[..., 0], image[None], np.zeros((3, 64, 64))):
         with pytest.raises(ValueError, match=r"\(3, H, W\) tensor"):
             oracle.read(bad)
@@ -148,11 +148,9 @@ VERDICTS = [
     ("a red circle", (CIRCLE, dict(SQUARE, r=0.045)), None),
     ("a red circle", (CIRCLE, dict(SQUARE, r=0.02)), True),
     ("a red circle", (ORANGE,), None),
-    ("a green circle", (ORANGE,), False),
     ("a red circle", (dict(CIRCLE, x=0.08),), False),
     ("a red square", SQUASHED[:1], None),
     ("a red square", SQUASHED[1:], False),
-    ("a blue square left of a red circle", (CIRCLE, SQUARE), False),
     ("a red square left of a blue circle", (CIRCLE, SQUARE), False),
     ("a red circle left of a blue square", DIAGONAL, None),
     ("a blue square above a red circle", DIAGONAL, False),

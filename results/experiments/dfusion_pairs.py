@@ -118,7 +118,7 @@ def measure_prompt(bench, p, row):
     bench.model.embeds.update(encode_prompts(bench.model, [prompt]))
 
     # Sample images, and for the masks keep where the items are in them.
-    trajectories, maps = dfusion_dpo.sample_with_maps(
+    trajectories, maps = dfusion_dpo.sample_prompt(
         bench.args, bench.model, bench.scheduler, row, noise_of(p, range(NUM_IMAGES)), plan
     )
     samples = bench.score(prompt, trajectories)

@@ -47,25 +47,32 @@ def kinds_of_runs():
 def measure_training(out, jobs):
     """-> the lines of the tables."""
     kinds = kinds_of_runs()
-    names = [(kind, seed) for seed in SEEDS for kind in kinds]
+    calls = list(itertools.product(SEEDS, kinds))
 
-    def train_kind(kind, seed):
+    def train_kind(seed, kind):
         folder = f"{re.sub(', | ', '_', kind)}_{seed}"
         return train(out, folder, "dfusion_dpo", *FLAGS, *kinds[kind], "--seed", seed)
 
-    runs = dict(zip(names, together(jobs, train_kind, names)))
-    logs = {name: read_lines(run / "log.jsonl") for name, run in runs.items()}
+    runs = dict(zip(calls, together(jobs, train_kind, calls)))
+    logs = {}
+    for call, run in runs.items():
+        logs[call] = read_lines(run / "log.jsonl")
 
     torch.set_num_threads(1)
     unseen = UnseenPrompts(out, next(iter(runs.values())))
     base = unseen.measure(None)
     change = {}
-    for (kind, seed), step in itertools.product(runs, SNAPSHOTS):
-        row = unseen.measure(runs[kind, seed] / "lora" / f"step_{step:06d}")
-        change[kind, seed, step] = {metric: row[metric] - base[metric] for metric in base}
+    for (seed, kind), step in itertools.product(calls, SNAPSHOTS):
+        row = unseen.measure(runs[seed, kind] / "lora" / f"step_{step:06d}")
+        change[seed, kind, step] = subtract(row, base)
 
     plot_training(change, logs)
     return table_of_changes(kinds, base, change, logs) + fused_minus_naive(base, change)
+
+
+def subtract(row, base):
+    """{metric: value} minus {metric: value}."""
+    return {metric: row[metric] - base[metric] for metric in base}
 
 
 class UnseenPrompts:
@@ -98,9 +105,14 @@ class UnseenPrompts:
         return json.loads(done.read_text())
 
 
-def total_passes(log, step):
-    """How many images went through the U-Net until an update. With guidance each counts twice."""
-    return sum(row["passes"] for row in log if row["step"] <= step)
+def until(log, step):
+    """The rows of a log up to an update."""
+    return [row for row in log if row["step"] <= step]
+
+
+def total_passes(log):
+    """How many images went through the U-Net. With guidance each counts twice."""
+    return sum(row["passes"] for row in log)
 
 
 def table_of_changes(kinds, base, change, logs):
@@ -111,16 +123,15 @@ def table_of_changes(kinds, base, change, logs):
         *table_head(["images", "passes", "adopted", *base]),
     ]
     for step, kind in itertools.product(SNAPSHOTS, kinds):
-        first_log = [row for row in logs[kind, SEEDS[0]] if row["step"] <= step]
+        # Every seed has as many images and passes.
+        first_log = until(logs[SEEDS[0], kind], step)
+        cells = [f"{first_log[-1]['images']:,}", f"{total_passes(first_log):,}"]
         adopted = []
         for seed in SEEDS:
-            for row in logs[kind, seed]:
-                if row["step"] <= step and "adoption" in row:
-                    adopted.append(row["adoption"])
-        cells = [f"{first_log[-1]['images']:,}", f"{total_passes(first_log, step):,}"]
+            adopted += [r["adoption"] for r in until(logs[seed, kind], step) if "adoption" in r]
         cells.append(f"{mean(adopted):.2f}" if adopted else "")
         for metric in base:
-            values = [change[kind, seed, step][metric] for seed in SEEDS]
+            values = [change[seed, kind, step][metric] for seed in SEEDS]
             cells.append(format_mean(values, 4, "+"))
         lines.append(table_line(kind, cells))
     return lines
@@ -130,13 +141,12 @@ def fused_minus_naive(base, change):
     """The lines that pair fused and naive runs by seed."""
     lines = ["\nfused minus naive, mean (each seed)\n"]
     for step, algo in itertools.product(SNAPSHOTS, ALGOS):
-        differences = {}
-        for metric in base:
-            differences[metric] = []
-            for seed in SEEDS:
-                fused = change[f"{algo}, fused", seed, step][metric]
-                naive = change[f"{algo}, naive", seed, step][metric]
-                differences[metric].append(fused - naive)
+        differences = {metric: [] for metric in base}
+        for seed in SEEDS:
+            fused = change[seed, f"{algo}, fused", step]
+            naive = change[seed, f"{algo}, naive", step]
+            for metric, value in subtract(fused, naive).items():
+                differences[metric].append(value)
         lines.append(f"  {algo:<5}{step} updates  " + describe_differences(differences))
     return lines
 
@@ -148,9 +158,10 @@ def plot_training(change, logs):
         for method, color in zip(METHODS, ("tab:blue", "tab:red")):
             for seed in SEEDS:
                 kind = f"{algo}, {method}"
-                x = [total_passes(logs[kind, seed], step) / 1000 for step in (0, *SNAPSHOTS)]
+                log = logs[seed, kind]
+                x = [total_passes(until(log, step)) / 1000 for step in (0, *SNAPSHOTS)]
                 for axis, metric in zip(axes_of_algo, ("toy_clip", "toy_correct")):
-                    y = [0] + [change[kind, seed, step][metric] for step in SNAPSHOTS]
+                    y = [0] + [change[seed, kind, step][metric] for step in SNAPSHOTS]
                     label = method if seed == SEEDS[0] else None
                     axis.plot(x, y, "o-", color=color, markersize=3, label=label)
                     axis.set(title=f"{algo}: {metric}, change")

@@ -14,6 +14,7 @@ Draws    equal_reward.png, three metrics over the reward; and focus_n_fix.png, s
 Took     2 to 4 minutes per run, two at a time on two CPU cores.
 """
 
+import itertools
 import json
 import threading
 
@@ -49,7 +50,9 @@ def focus_n_fix(out, jobs):
     write_lists(out)
     torch.set_num_threads(1)
     judges = RegionJudges()
-    calls = [(case, beta, seed) for seed in SEEDS for case in CASES for beta in BETAS[case]]
+    calls = []
+    for seed, case in itertools.product(SEEDS, CASES):
+        calls += [(case, beta, seed) for beta in BETAS[case]]
 
     def measure(case, beta, seed):
         return train_and_measure(out, judges, case, beta, seed)

@@ -15,6 +15,7 @@ Draws    trade_off.png: each metric against diversity.
 Took     about 2.5 minutes per run on two CPU cores when nothing else ran. Images come on top.
 """
 
+import itertools
 import shutil
 
 from common import TOY
@@ -55,13 +56,23 @@ def imagerefl(out, jobs):
     write_table(out / "table.md", {**rows, **later})
 
     updates = updates_of(snapshot_names(run_of(out, "refl", SEEDS[0]))[-1])
-    as_many = {n: rows[f"ImageReFL + combined, {n} base steps"] for n in BASE_STEPS}
-    print_differences("ImageReFL after as many updates", as_many, rows, updates)
+    own = combined_rows(rows, "ImageReFL", BASE_STEPS)
+    print_differences("ImageReFL after as many updates", own, rows, updates)
     for kind in ("imagerefl", "weighted"):
         name = chosen_name(kind, chosen[kind])
-        own = {n: later[f"{name} + combined, {n} base steps"] for n in LATER_BASE_STEPS}
+        own = combined_rows(later, name, LATER_BASE_STEPS)
         print_differences(name, own, rows, updates)
     plot_trade_off(rows, later, chosen)
+
+
+def combined_name(name, base_steps):
+    """What the table calls combined generation."""
+    return f"{name} + combined, {base_steps} base steps"
+
+
+def combined_rows(rows, name, base_steps):
+    """{number of base steps: its row}."""
+    return {n: rows[combined_name(name, n)] for n in base_steps}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,7 +132,7 @@ def measure_run(out, kind, seed):
     rows = {}
     for n, folder in sample_combined(out, run, f"{kind}_{seed}_combined", base_steps).items():
         metrics = measure(out, folder, f"{kind}_{seed}_combined_{n}")
-        rows[f"{label} + combined, {n} base steps"] = metrics
+        rows[combined_name(label, n)] = metrics
 
     folder = sample_images(out, f"{kind}_{seed}", "--mode", "tuned", "--lora", run)
     rows[label] = measure(out, folder)
@@ -170,7 +181,7 @@ def choose_snapshots(out, jobs):
         name = f"tuning_{kind}_{snapshot}"
         return measure(out, sample_images(out, name, *flags, prompts=prompts, num_images=4))
 
-    calls = [(kind, snapshot) for kind in COMPARED for snapshot in snapshots]
+    calls = list(itertools.product(COMPARED, snapshots))
     tuning = dict(zip(calls, together(jobs, measure_on_training_prompts, calls)))
     print(f"\ntraining prompts, seed 0, {MATCH} base steps")
     for kind, snapshot in sorted(tuning):
@@ -203,14 +214,11 @@ def measure_chosen(out, jobs, chosen):
         name = f"{kind}_{seed}_{snapshot}_{base_steps}"
         return measure(out, sample_images(out, name, *flags))
 
-    calls = []
-    for kind in chosen:
-        for base_steps in LATER_BASE_STEPS:
-            calls += [(kind, base_steps, seed) for seed in SEEDS]
+    calls = list(itertools.product(chosen, LATER_BASE_STEPS, SEEDS))
     rows = {}
     for call, metrics in zip(calls, together(jobs, measure_cell, calls)):
         kind, base_steps, _ = call
-        name = f"{chosen_name(kind, chosen[kind])} + combined, {base_steps} base steps"
+        name = combined_name(chosen_name(kind, chosen[kind]), base_steps)
         rows.setdefault(name, []).append(metrics)
     return rows
 
@@ -219,7 +227,7 @@ def print_differences(name, own, rows, updates):
     """Prints own {base steps: one dict per seed} minus ReFL's last snapshot, paired by seed."""
     print(f"\n{name}, minus ReFL after {updates} updates: mean (each seed)")
     for base_steps, per_seed in own.items():
-        refl_per_seed = rows[f"ReFL + combined, {base_steps} base steps"]
+        refl_per_seed = rows[combined_name("ReFL", base_steps)]
         differences = {}
         for metric in METRICS:
             pairs = zip(per_seed, refl_per_seed)
@@ -235,14 +243,13 @@ def plot_trade_off(rows, later, chosen):
     """Draws each metric against diversity, with a line over the switch points of each kind."""
     lines = []  # rows of a line, color, form, label
     for name, color in (("ReFL", "tab:blue"), ("ImageReFL", "tab:orange")):
-        curve = [rows[name]]
-        curve += [rows[f"{name} + combined, {n} base steps"] for n in BASE_STEPS]
-        curve.append(rows["base, guidance 4"])
+        combined = combined_rows(rows, name, BASE_STEPS).values()
+        curve = [rows[name], *combined, rows["base, guidance 4"]]
         lines.append((curve, color, "o-", f"{name} + combined"))
         lines.append(([rows[name]], color, "s", f"{name} alone"))
     for kind, color in (("refl", "tab:cyan"), ("imagerefl", "tab:red"), ("weighted", "tab:green")):
         name = chosen_name(kind, chosen[kind])
-        curve = [later[f"{name} + combined, {n} base steps"] for n in LATER_BASE_STEPS]
+        curve = list(combined_rows(later, name, LATER_BASE_STEPS).values())
         lines.append((curve, color, "o--", f"{name} + combined"))
     points = {
         "base, guidance 4": ("black", "*"),
