@@ -40,7 +40,6 @@ each, base_steps_12 and so on.
   $ python combined_sample.py --model sdxl --mode base --prompts captions.txt --out images/sdxl
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -52,7 +51,7 @@ from common import MODELS, TOY, base_model, condition, decode_in_parts, denoise,
 from common import find_lora, generator, initial_latents, load_lora, load_model, make_scheduler
 from common import merged, pick_device, sample, scheduler_step
 from data.prompts import read_prompts
-from run_folder import SettingsHelp, readable_errors, save_grid, settings_for, to_pil
+from run_folder import readable_errors, save_grid, settings_for, settings_parser, to_pil
 
 # For images that no run's config.json describes. The base model's guidance is the default of
 # diffusers' pipelines; the scheduler and its 40 steps are those of ImageReFL, section 5. The tuned
@@ -81,9 +80,7 @@ BASE = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        "combined_sample.py", None, __doc__, formatter_class=SettingsHelp
-    )
+    parser = settings_parser("combined_sample", __doc__)
     add = parser.add_argument
     add("--lora", help="run folder, LoRA folder or .safetensors file")
     add("--mode", choices=("base", "tuned", "combined", "aig"), default="tuned", help="see above")

@@ -272,7 +272,7 @@ def encode_batch(model, texts):
     options = dict(device=model.device, num_images_per_prompt=1)
     if model.is_flow:
         # T5's states of 256 tokens for schnell or 512 for dev, and CLIP's pooled state.
-        # FLUX knows no unconditional prompt, so "" is encoded as one more text.
+        # FLUX has no unconditional prompt, so we encode "" as one more text.
         length = min(512 if model.takes_guidance else 256, model.pipe.tokenizer_2.model_max_length)
         states, pooled, _ = model.pipe.encode_prompt(
             prompt=[*texts, ""], prompt_2=None, max_sequence_length=length, **options
@@ -392,7 +392,8 @@ def concatenate(first, second):
 def make_scheduler(model, kind, num_inference_steps):
     """A diffusers scheduler on the model's own noise schedule.
 
-    kind: "ddpm" (ancestral) or "ddim", with leading spacing and offset 1; "euler" for FLUX.
+    kind: "ddpm" (ancestral) or "ddim", with leading spacing and offset 1; "euler" for FLUX. So the
+    last timestep of DDPM and DDIM is 1, and their last step hardly changes the image.
     """
     if (kind == "euler") != model.is_flow:
         sys.exit(f"scheduler {kind} does not fit {model.source}: FLUX takes euler, and only FLUX")
@@ -400,7 +401,7 @@ def make_scheduler(model, kind, num_inference_steps):
     if model.is_flow:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        # FLUX.1-dev shifts its sigmas the further the more tokens an image has.
+        # FLUX.1-dev shifts its sigmas. The more tokens an image has, the larger is the shift.
         num_tokens = model.latent_shape[1] * model.latent_shape[2] // 4
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         mu = calculate_shift(num_tokens, *(scheduler.config[key] for key in keys))
@@ -414,7 +415,10 @@ def make_scheduler(model, kind, num_inference_steps):
 
 
 def initial_latents(model, generators):
-    """x_T ~ N(0, I), one generator per image -> (B, C, h, w) on the model's device."""
+    """N(0, I) noise, one generator per image -> (B, C, h, w) on the model's device.
+
+    It serves as x_T and wherever else a script needs noise that is shaped like latents.
+    """
     noise = [torch.randn(model.latent_shape, generator=g) for g in generators]
     return torch.stack(noise).to(model.device)
 
@@ -625,8 +629,8 @@ def merged(model):
     """Inside, the LoRA is folded into the weights, which halves the number of kernels.
 
     Only for sampling: NO GRADIENT reaches a folded LoRA, and `denoise` refuses to make one.
-    Weights in bf16 may be too coarse to hold a young LoRA. Then it stays apart, where rounding
-    would cost more than 5 % of it. Inside `base_model` this does nothing.
+    Early in training a LoRA can be too small for bf16 weights to hold. If rounding would cost more
+    than 5 % of it, it is not folded. Inside `base_model` this does nothing.
     """
     layers = [
         layer

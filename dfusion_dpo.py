@@ -51,7 +51,6 @@ Differences from the paper and its code, which samples and fuses but has no trai
   $ python dfusion_dpo.py --model sd21 --algo ddpo --template template2        # one CUDA GPU
 """
 
-import argparse
 import contextlib
 import math
 import re
@@ -70,9 +69,10 @@ from common import predict_x0
 from data.items import read_items, token_span, write_items
 from data.prompts import read_prompts
 from rewards import REWARDS, load_reward
-from run_folder import Run, SettingsHelp, check_out, chosen_model, held_out, print_settings
-from run_folder import readable_errors, run_name, save_grid, score, settings_for
+from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
+from run_folder import run_name, save_grid, score, settings_for, settings_parser
 
+NAME = "dfusion_dpo"  # of the run folder and the progress bar; rename it in a fork
 PAPER = {  # Table 3: 4 x 160 images of 40 prompts per round, 25,600 in all. LoRA rank: the code
     "sd21": dict(
         train_steps=80, batch_size=640, images_per_prompt=16, inner_epochs=2, resolution=512,
@@ -101,7 +101,7 @@ MASK_QUANTILE = 0.8  # ours: an item covers about a fifth of the picture
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("dfusion_dpo.py", None, __doc__, formatter_class=SettingsHelp)
+    parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
     add("--reward", help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH")
@@ -148,12 +148,12 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA")
-    add("--checkpointing", action="store_true", help="save memory, for one more forward pass")
+    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, default=4, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--out", help="run folder; by default runs/dfusion_dpo-MODEL-REWARD")
+    add("--out", help=f"run folder; by default runs/{NAME}-MODEL-REWARD")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     settings = dict(settings_for(OURS, chosen_model(argv)))
     # This default fits only the number of steps that it was chosen for, so it comes later.
@@ -177,7 +177,7 @@ def parse_args(argv=None):
         parser.error("--micro_batch must be even: a pair is two images")
     if args.algo == "dpok" and args.lora_rank == 0:
         parser.error("--algo dpok needs the pretrained model, which --lora_rank 0 overwrites")
-    args.out = args.out or run_name("dfusion_dpo", args)
+    args.out = args.out or run_name(NAME, args)
     check_out(args)
     return args
 
@@ -954,7 +954,7 @@ def main(args):
     model.denoiser.register_forward_pre_hook(count_images)
 
     steps = range(run.start + 1, args.train_steps + 1)
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc="dfusion_dpo")
+    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
     for step in progress:
         started = time.time()
         passes.clear()

@@ -52,8 +52,9 @@ from data.labels import Labelled, overlay, read_labels
 from data.prompts import read_prompts
 from rewards import REWARDS, Detector, load_detector, load_reward
 from run_folder import Run, SettingsHelp, check_out, chosen_model, generate, print_settings
-from run_folder import readable_errors, run_name, save_grid, score, settings_for
+from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser
 
+NAME = "diffdoctor"  # of the run folder of `treat`; rename it in a fork
 PAPER = {  # treat: section 4.1, gamma from Eq. 4, and dev's 10 steps from section 4.3
     "flux-schnell": dict(lr=1e-4, lora_rank=16, num_inference_steps=5, grad_steps=1, gamma=0.25),
     "flux-dev": dict(lr=1e-4, lora_rank=16, num_inference_steps=10, grad_steps=1, gamma=0.25),
@@ -122,9 +123,9 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in MOVED:
         sys.exit(f"{argv[0]} has moved: python data/labels.py {' '.join(argv)}")
-    parser = argparse.ArgumentParser("diffdoctor.py", None, __doc__, formatter_class=SettingsHelp)
+    parser = settings_parser(NAME, __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    options = dict(formatter_class=SettingsHelp)
+    options = dict(formatter_class=SettingsHelp, allow_abbrev=False)
     treat_parser = commands.add_parser("treat", help="tune an image model", **options)
     add_treat_settings(treat_parser, argv)
     detector_parser = commands.add_parser("detector", help="train a detector", **options)
@@ -140,7 +141,7 @@ def parse_args(argv=None):
             parser.error(f"--data is needed with --model {args.model}; or pass --gamma 0")
         if not 1 <= args.grad_steps <= args.num_inference_steps:
             parser.error("we need 1 <= grad_steps <= num_inference_steps")
-        args.out = args.out or run_name("diffdoctor", args)
+        args.out = args.out or run_name(NAME, args)
     check_out(args)
     return args
 
@@ -167,12 +168,12 @@ def add_treat_settings(parser, argv):
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA, such as DreamBooth's (section 4.3)")
-    add("--checkpointing", action="store_true", help="save memory, for one more forward pass")
+    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--out", help="run folder; by default runs/diffdoctor-MODEL-REWARD")
+    add("--out", help=f"run folder; by default runs/{NAME}-MODEL-REWARD")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
 

@@ -48,7 +48,6 @@ in FOLDER/.evaluate, and computed again when images, prompts, weights or this co
   $ python evaluate.py --over_steps runs/refl-toy-toy_pref --metrics toy_pref,dino_div --plot a.png
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -70,7 +69,8 @@ from data.images import read_row, to_tensor
 from data.prompts import read_prompts
 from rewards import MPS, UNREADABLE, PickScore, build_reward, explain, find_file, load_complete
 from rewards import load_detector, preprocess
-from run_folder import SettingsHelp, generate_batches, readable_errors, to_pil, write_atomically
+from run_folder import generate_batches, readable_errors, settings_parser, to_pil
+from run_folder import write_atomically
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
@@ -114,7 +114,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("evaluate.py", None, __doc__, formatter_class=SettingsHelp)
+    parser = settings_parser("evaluate", __doc__)
     add = parser.add_argument
     add("folders", nargs="*", metavar="FOLDER", help="folders of images; the first is the baseline")
     add("--metrics", required=True, help="metrics from the list above, separated by commas")

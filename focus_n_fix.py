@@ -37,7 +37,6 @@ K = 2, the LoRA's rank of 64 and the regional term. What is ours:
   $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --mode tuned --out images
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -55,9 +54,10 @@ from common import pick_device, sample, scheduler_step
 from data.prompts import read_prompts
 from rewards import REWARDS, Detector, PickScore, RewardRange, load_detector, load_reward
 from rewards import split_reward
-from run_folder import Run, SettingsHelp, check_out, chosen_model, generate, held_out
-from run_folder import print_settings, readable_errors, run_name, save_grid, settings_for
+from run_folder import Run, check_out, chosen_model, generate, held_out, print_settings
+from run_folder import readable_errors, run_name, save_grid, settings_for, settings_parser
 
+NAME = "focus_n_fix"  # of the run folder and the progress bar; rename it in a fork
 PAPER = {  # second-hand; SD 1.4 is its main model, and SDXL its other one
     "sd14": dict(grad_steps=2, lora_rank=64),
     "sdxl": dict(grad_steps=2, lora_rank=64),
@@ -87,7 +87,7 @@ SHOWN = 8  # held-out images in the pictures I0 | M | I | difference
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("focus_n_fix.py", None, __doc__, formatter_class=SettingsHelp)
+    parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
     add("--reward", help=f"artifact, {', '.join(REWARDS)}; by default artifact, or a clip")
@@ -111,12 +111,12 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank), at least 1")
     add("--init_lora", help="start from this LoRA")
-    add("--checkpointing", action="store_true", help="save memory, for one more forward pass")
+    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, default=60, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--out", help="run folder; by default runs/focus_n_fix-MODEL-REWARD")
+    add("--out", help=f"run folder; by default runs/{NAME}-MODEL-REWARD")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
@@ -151,7 +151,7 @@ def parse_args(argv=None):
         parser.error("we need 1 <= grad_steps <= num_inference_steps")
     if not 0 <= args.threshold < 1:
         parser.error("--threshold must be in [0, 1), like the maps that it cuts")
-    args.out = args.out or run_name("focus_n_fix", args)
+    args.out = args.out or run_name(NAME, args)
     check_out(args)
     return args
 
@@ -483,7 +483,7 @@ def main(args):
     last_timesteps = scheduler.timesteps[prefix:].tolist()
 
     steps = range(run.start + 1, args.train_steps + 1)
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc="focus_n_fix")
+    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
     for step in progress:
         started = time.time()
 

@@ -1,8 +1,8 @@
 """ImageReFL: ReFL that starts from real images (Sorokin et al. 2025, arXiv 2505.22569).
 
-We noise a real image to t', denoise it without gradient to a random late step, predict the clean
-image there in one step, and raise its reward. In these updates the model never draws a layout of
-its own, so the reward cannot narrow what it draws.
+We noise a real image to t', denoise it without gradient to a random late step, and predict the
+clean image from there in one step with gradient, to raise its reward. The layout comes from the
+real image, so the reward cannot make layouts less diverse.
 
   x_t'    = add_noise(encode(image), noise, t')           t' is the timestep of step `start`
   mid     ~ {first_mid .. last_mid}                       drawn once per update
@@ -10,21 +10,22 @@ its own, so the reward cannot narrow what it draws.
   x0      = predict_x0(denoise(latents, t_mid), t_mid)    as in refl.py
   r       = reward(decode(x0), prompt)                    image and prompt are a pair of --data
   mse     = mean((denoise(x_t', t') - target)^2)          the diffusion loss on that image, Eq. 5
-  loss    = -reward_scale * r' + diffusion_weight * mse   section 4; r' is r mapped to about [0, 1]
+  loss    = -reward_scale * r' + diffusion_weight * mse   section 4; r' = (r - shift) / scale
 
 Every refl_every-th update is a classic ReFL step: from x_T, steps 0 .. mid - 1, without mse.
 
 Differences from the paper's code:
-1. Where mid == start there is nothing to denoise. The release takes a step all the same, so its
-   model sees latents of the wrong noise level.
-2. Every fourth update is a ReFL step, as the paper has it. The release counts micro-batches, and
-   its published configuration leaves ReFL steps out.
-3. mid is drawn once per update, Adam's eps is 1e-15, and an update is one optimizer step: see
-   refl.py, differences 1 and 2.
-4. Images are resized and cropped. The release squeezes them to a square.
-5. We train a LoRA by default; --lora_rank 0 is the paper's full fine-tuning. The tuned model is
-   meant for the last steps alone, after the base model: combined_sample.py --mode combined. The
-   held-out reward and the samples show the tuned model alone, in all steps.
+1. If mid == start, there is nothing to denoise. The release takes a step anyway, so its model sees
+   latents of the wrong noise level.
+2. Every fourth update is a ReFL step, as in the paper. The release counts micro-batches, and its
+   published configuration leaves ReFL steps out.
+3. We draw mid once per update, set Adam's eps to 1e-15, and take one optimizer step per update: see
+   refl.py, differences 1 to 3.
+4. We resize and crop images. The release squeezes them to a square.
+5. We train a LoRA by default; --lora_rank 0 fine-tunes the whole denoiser, as the paper does.
+The tuned model is meant for the last steps, after the base model: combined_sample.py --mode
+combined. The held-out reward and the samples show the tuned model alone, in all steps. The paper
+has no FLUX, and neither has this script.
 
   $ python imagerefl.py                                   # the toy world: minutes on two CPU cores
   $ python imagerefl.py --model sdxl --reward hps         # one CUDA GPU; COCO's images and captions
@@ -32,7 +33,6 @@ Differences from the paper's code:
         --out images
 """
 
-import argparse
 import math
 import time
 
@@ -46,10 +46,13 @@ from common import pick_device, predict_x0, sample
 from data.images import image_batches, image_data
 from data.prompts import read_prompts
 from rewards import REWARDS, load_reward, split_reward
-from run_folder import Run, SettingsHelp, check_out, chosen_model, held_out, print_settings
-from run_folder import readable_errors, run_name, settings_for
+from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
+from run_folder import run_name, settings_for, settings_parser
 
-PAPER = {  # section 5; start and mid: its code, where ImageReFL runs 40 "epochs" of 100 updates
+NAME = "imagerefl"  # of the run folder and the progress bar; rename it in a fork
+# Section 5; start and mid are from its code, where ImageReFL runs 40 "epochs" of 100 updates.
+# lora_rank 0, which is full fine-tuning, and its learning rate are the paper's.
+PAPER = {
     "sd15": dict(
         train_steps=4000, batch_size=32, resolution=512, lr=3e-4, lora_rank=0,
         num_inference_steps=40, start=30, first_mid=30, last_mid=39, reward_scale=1e-3,
@@ -61,7 +64,8 @@ PAPER = {  # section 5; start and mid: its code, where ImageReFL runs 40 "epochs
         diffusion_weight=1e-5, refl_every=4,
     ),
 }
-OURS = {  # what we change, and the models that the paper does not have
+# What we change, and the models that the paper does not have.
+OURS = {
     "sd14": {**PAPER["sd15"], "lora_rank": 32},
     "sd15": {**PAPER["sd15"], "lora_rank": 32},
     "sd21": {**PAPER["sd15"], "lora_rank": 32},
@@ -77,13 +81,14 @@ OURS = {  # what we change, and the models that the paper does not have
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("imagerefl.py", None, __doc__, formatter_class=SettingsHelp)
+    parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH")
+    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH has its weights in PATH; no default"
+        " except for toy models")
     add("--data", help="folder of images with metadata.jsonl; without it COCO, fetched as needed")
     add("--prompts", help="prompts of the ReFL steps, one per line; without it --data's captions")
-    add("--test_prompts", help="held-out prompts, of which we take 16; without it COCO's captions")
+    add("--test_prompts", help="held-out prompts, the first 16; without it COCO's captions")
     add("--train_steps", type=int, help="optimizer updates")
     add("--batch_size", type=int, help="images per update")
     add("--micro_batch", type=int, default=8, help="images per gradient pass, to save memory")
@@ -98,20 +103,21 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA")
-    add("--checkpointing", action="store_true", help="save memory, for one more forward pass")
+    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, default=60, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--out", help="run folder; by default runs/imagerefl-MODEL-REWARD")
+    add("--out", help=f"run folder; by default runs/{NAME}-MODEL-REWARD")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    # The row of OURS for this --model gives the defaults, and flags override them.
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
 
     split_reward(args.reward)
     if not 0 <= args.start <= args.first_mid <= args.last_mid < args.num_inference_steps:
-        parser.error("we need 0 <= start <= first_mid <= last_mid < num_inference_steps")
-    args.out = args.out or run_name("imagerefl", args)
+        parser.error("0 <= start <= first_mid <= last_mid < num_inference_steps must hold")
+    args.out = args.out or run_name(NAME, args)
     check_out(args)
     return args
 
@@ -131,7 +137,10 @@ def diffusion_loss(noise_pred, target):
 
 
 def refl_step(model, scheduler, latents, t, cond, reward, prompts):
-    """Latents (B, C, h, w) at timestep t -> the rewards (B,) of the clean images they promise."""
+    """Latents (B, C, h, w) at timestep t -> rewards (B,) of the clean images predicted from them.
+
+    The decoder clamps to [0, 1], so a saturated pixel has no gradient.
+    """
     noise_pred = denoise(model, latents, t, cond)
     x0 = predict_x0(scheduler, noise_pred, t, latents)
     return reward(decode(model, x0), prompts)
@@ -150,10 +159,11 @@ def main(args):
     test_prompts = read_prompts(args.test_prompts, "val")[:16]
     device = pick_device(args.device)
     model = load_model(args.model, device, args.resolution, full=args.lora_rank == 0)
-    args.resolution = model.resolution
+    args.resolution = model.resolution  # the model's own, if none was given
     data = image_data(args.data, args.resolution)
     train_prompts = read_prompts(args.prompts) if args.prompts else data.captions
     reward, reward_range = load_reward(args.reward, device)
+    # Encode all prompts now and free the text encoders, unless there are too many to keep.
     encode_once(model, data.captions + train_prompts + test_prompts)
 
     params = make_trainable(
@@ -165,6 +175,7 @@ def main(args):
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-2, fused=True
     )
 
+    # How images are sampled, in training and afterwards. config.json keeps it for other scripts.
     sampler = dict(scheduler="ddpm", eta=1.0)
     sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=1.0)
     scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
@@ -172,7 +183,8 @@ def main(args):
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
-    if run.resume(params, optimizer) is None:
+    run.resume(params, optimizer)
+    if run.start == 0:
         before = held_out(run, model, reward, test_prompts, step=0)
         print(f"held-out {args.reward} before: {before:.4f}")
         print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
@@ -188,7 +200,7 @@ def main(args):
     num_workers = 4 if device.type == "cuda" else 0
     batches = image_batches(data, picks_of_images, num_workers)
 
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc="imagerefl")
+    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
     for step in progress:
         started = time.time()
 
@@ -208,17 +220,18 @@ def main(args):
             image_latents = encode(model, images, args.micro_batch)
             noisy_latents = add_noise(scheduler, image_latents, noise, t_start)
             target = diffusion_target(scheduler, image_latents, noise, t_start)
-            first_latents, first_step = noisy_latents, args.start
+            start = noisy_latents
+            start_step = args.start
         else:
             # A classic ReFL step starts from pure noise.
-            first_latents, first_step = noise, 0
+            start = noise
+            start_step = 0
 
-        # Denoise up to step mid, the whole batch at once and without gradient.
+        # Denoise up to step mid, the whole batch at once and without gradient. Each image's
+        # generator also gives its step noise. Folding the LoRA in saves time meanwhile.
         cond = condition(model, prompts)
         with merged(model):
-            latents = sample(
-                model, scheduler, first_latents, cond, first_step, mid, noise_generators
-            )
+            latents = sample(model, scheduler, start, cond, start_step, mid, noise_generators)
 
         # Predict the clean images from there and raise their reward, a micro-batch at a time.
         # Each micro-batch's mean counts by its share of the batch.

@@ -1,34 +1,36 @@
 """ReFL: reward feedback learning (Xu et al. 2023, arXiv 2304.05977), set up as in ImageReFL.
 
-We denoise without gradient to a random late step and predict the clean image there in one step.
-The reward of that image is differentiable, so we raise it through the decoder and the denoiser.
+We denoise without gradient to a random late step, and predict the clean image from there in one
+step with gradient. Decoder and reward are differentiable, so the denoiser can learn to raise the
+reward of that image.
 
   mid     ~ {first_mid .. last_mid}                     one of the last steps, drawn per update
   latents = sample(x_T, steps 0 .. mid - 1)             no gradient, no guidance
   x0      = predict_x0(denoise(latents, t_mid), t_mid)  the one denoiser call with gradient
   r       = reward(decode(x0), prompt)                  through the frozen VAE and frozen reward
-  loss    = -reward_scale * r'                          r' is r mapped to about [0, 1]; or, with
-  loss    = reward_scale * relu(2 - r)                  --loss hinge, ImageReward's own loss
+  loss    = -reward_scale * r'                          r' = (r - shift) / scale, see REWARDS; or,
+  loss    = reward_scale * relu(2 - r)                  with --loss hinge, ImageReward's own loss
 
-Images are sampled with the ancestral steps (DDPM) of the training, without guidance. FLUX takes
-its Euler steps: there x0 = x_t - sigma v, and the guidance input of FLUX.1-dev is 1.
+We sample with ancestral DDPM steps and without guidance, in training and afterwards. FLUX takes
+Euler steps instead: there x0 = x_t - sigma v, and FLUX.1-dev gets a guidance scale of 1.
 
-Differences from the papers' code:
-1. We draw mid once per update, not once per micro-batch. So the prefix, which is four fifths of the
-   work, runs on the whole batch at once.
-2. Adam's eps is 1e-15. A loss that is scaled by 1e-3 has gradients below the usual 1e-8, which
-   would silently shrink the learning rate. The log's grad_rms must stay well above eps. ImageReFL's
-   code steps its optimizer twice per update: to match its speed, multiply --lr by 1.4.
-3. We train a LoRA by default, so that it fits one GPU and the base model is the same network with
-   the LoRA switched off. --lora_rank 0 is the papers' full fine-tuning.
-4. Of ImageReward's ReFL only the loss is here, not its settings: lr 1e-5, batch 64, 100 updates.
+Differences from ImageReFL's code, whose ReFL and settings we follow:
+1. We draw mid once per update, not once per micro-batch. The steps before mid take about 80 % of
+   the FLOPs with SD1.5, and this way they run on the whole batch at once.
+2. Adam's eps is 1e-15. With a loss scaled by 1e-3, gradients come close to the usual eps of 1e-8 or
+   fall below it, which silently shrinks the learning rate. Check that grad_rms in the log stays
+   well above eps.
+3. We take one optimizer step per update. The release takes two, the first before it undoes the
+   gradient scaling, and its weights move sqrt(2) times as far. To match it, multiply --lr by 1.4.
+4. We train a LoRA by default, so that it fits one GPU and the base model is the same network with
+   the LoRA switched off. --lora_rank 0 fine-tunes the whole denoiser, as the papers do.
+From ImageReward's own ReFL we take only the loss. Its settings were lr 1e-5, batch 64, 100 updates.
 
   $ python refl.py                                        # the toy world: minutes on two CPU cores
   $ python refl.py --model sdxl --reward hps              # one CUDA GPU; COCO's captions as prompts
   $ python combined_sample.py --lora runs/refl-toy-toy_pref --mode tuned --out images
 """
 
-import argparse
 import math
 import time
 
@@ -40,10 +42,13 @@ from common import load_model, make_scheduler, make_trainable, merged, pick_devi
 from common import sample
 from data.prompts import read_prompts
 from rewards import REWARDS, load_reward, split_reward
-from run_folder import Run, SettingsHelp, check_out, chosen_model, held_out, print_settings
-from run_folder import readable_errors, run_name, settings_for
+from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
+from run_folder import run_name, settings_for, settings_parser
 
-PAPER = {  # ImageReFL, section 5 and its code, where ReFL runs 20 "epochs" of 100 updates
+NAME = "refl"  # of the run folder and the progress bar; rename it in a fork
+# ImageReFL, section 5 and its code, where ReFL runs 20 "epochs" of 100 updates. lora_rank 0, or
+# full fine-tuning, and its learning rate are the paper's.
+PAPER = {
     "sd15": dict(
         train_steps=2000, batch_size=32, resolution=512, lr=3e-4, lora_rank=0,
         num_inference_steps=40, first_mid=30, last_mid=39, reward_scale=1e-3,
@@ -53,7 +58,8 @@ PAPER = {  # ImageReFL, section 5 and its code, where ReFL runs 20 "epochs" of 1
         num_inference_steps=40, first_mid=30, last_mid=39, reward_scale=1e-3,
     ),
 }
-OURS = {  # what we change, and the models that the paper does not have
+# What we change, and the models that the paper does not have.
+OURS = {
     "sd14": {**PAPER["sd15"], "lora_rank": 32},
     "sd15": {**PAPER["sd15"], "lora_rank": 32},
     "sd21": {**PAPER["sd15"], "lora_rank": 32},
@@ -82,13 +88,14 @@ OURS = {  # what we change, and the models that the paper does not have
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("refl.py", None, __doc__, formatter_class=SettingsHelp)
+    parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH")
+    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH has its weights in PATH; no default"
+        " except for toy models")
     add("--loss", choices=("linear", "hinge"), default="linear", help="-r', or relu(2 - r)")
     add("--prompts", help="text file, one prompt per line; without it COCO's captions, 241 MB")
-    add("--test_prompts", help="held-out prompts, of which we take 16; without it COCO's captions")
+    add("--test_prompts", help="held-out prompts, the first 16; without it COCO's captions")
     add("--train_steps", type=int, help="optimizer updates")
     add("--batch_size", type=int, help="images per update")
     add("--micro_batch", type=int, default=8, help="images per gradient pass, to save memory")
@@ -100,13 +107,14 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA")
-    add("--checkpointing", action="store_true", help="save memory, for one more forward pass")
+    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, default=60, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--out", help="run folder; by default runs/refl-MODEL-REWARD")
+    add("--out", help=f"run folder; by default runs/{NAME}-MODEL-REWARD")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    # The row of OURS for this --model gives the defaults, and flags override them.
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
 
@@ -114,8 +122,8 @@ def parse_args(argv=None):
     if args.loss == "hinge" and reward_name != "imagereward":
         parser.error("--loss hinge is made for the scale of --reward imagereward")
     if not 0 <= args.first_mid <= args.last_mid < args.num_inference_steps:
-        parser.error("we need 0 <= first_mid <= last_mid < num_inference_steps")
-    args.out = args.out or run_name("refl", args)
+        parser.error("0 <= first_mid <= last_mid < num_inference_steps must hold")
+    args.out = args.out or run_name(NAME, args)
     check_out(args)
     return args
 
@@ -130,12 +138,15 @@ def linear_loss(r, shift, scale, reward_scale):
 
 
 def hinge_loss(r, reward_scale):
-    """reward_scale * relu(2 - r), r (B,) the ImageReward: it stops pushing at 2."""
+    """reward_scale * relu(2 - r), r (B,) the ImageReward. Above 2 its gradient is zero."""
     return reward_scale * torch.relu(2 - r).mean()
 
 
 def refl_step(model, scheduler, latents, t, cond, reward, prompts):
-    """Latents (B, C, h, w) at timestep t -> the rewards (B,) of the clean images they promise."""
+    """Latents (B, C, h, w) at timestep t -> rewards (B,) of the clean images predicted from them.
+
+    The decoder clamps to [0, 1], so a saturated pixel has no gradient.
+    """
     noise_pred = denoise(model, latents, t, cond)
     x0 = predict_x0(scheduler, noise_pred, t, latents)
     return reward(decode(model, x0), prompts)
@@ -150,8 +161,9 @@ def main(args):
     test_prompts = read_prompts(args.test_prompts, "val")[:16]
     device = pick_device(args.device)
     model = load_model(args.model, device, args.resolution, full=args.lora_rank == 0)
-    args.resolution = model.resolution
+    args.resolution = model.resolution  # the model's own, if none was given
     reward, reward_range = load_reward(args.reward, device)
+    # Encode all prompts now and free the text encoders, unless there are too many to keep.
     encode_once(model, train_prompts + test_prompts)
 
     params = make_trainable(
@@ -163,6 +175,7 @@ def main(args):
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-2, fused=True
     )
 
+    # How images are sampled, in training and afterwards. config.json keeps it for other scripts.
     sampler = dict(scheduler="ddpm", eta=1.0)
     if model.is_flow:
         sampler = dict(scheduler="euler", eta=0.0)
@@ -171,13 +184,14 @@ def main(args):
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
-    if run.resume(params, optimizer) is None:
+    run.resume(params, optimizer)
+    if run.start == 0:
         before = held_out(run, model, reward, test_prompts, step=0)
         print(f"held-out {args.reward} before: {before:.4f}")
         print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
 
     steps = range(run.start + 1, args.train_steps + 1)
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc="refl")
+    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
     for step in progress:
         started = time.time()
 
@@ -188,7 +202,8 @@ def main(args):
         mid = torch.randint(args.first_mid, args.last_mid + 1, (), generator=draw).item()
         t_mid = scheduler.timesteps[mid]
 
-        # Denoise pure noise up to that step, the whole batch at once and without gradient.
+        # Denoise pure noise up to that step, the whole batch at once and without gradient. Each
+        # image's generator also gives its step noise. Folding the LoRA in saves time meanwhile.
         noise_generators = [generator(args.seed, "train", step, i) for i in range(args.batch_size)]
         noise = initial_latents(model, noise_generators)
         cond = condition(model, prompts)

@@ -44,9 +44,10 @@ UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
 
 @dataclass(frozen=True)
 class RewardRange:
-    """The range that a reward is known to have, and how the losses map it to about [0, 1].
+    """The range that a reward is known to have, and the map r' = (r - shift) / scale of the losses.
 
-    r' = (r - shift) / scale is a constant affine map, so it does not change what is learned.
+    The map is ImageReFL's: it brings toy_pref and pick to about [0, 1], and is the identity for the
+    others. It is affine and constant, so it changes the gradient's scale and nothing else.
     """
 
     low: float

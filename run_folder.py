@@ -7,7 +7,8 @@
   checkpoint/state.pt         what --resume reads
 
 A run folder is begun once and then continued. A killed run loses nothing but the updates since
-its last checkpoint, and a resumed run ends with the same bytes as one that was never stopped.
+its last checkpoint, and the files of a resumed run are the same, byte for byte, as those of a run
+that was never stopped.
 """
 
 import argparse
@@ -52,14 +53,26 @@ NOT_SAVED = ("resume", "out", "device")
 class SettingsHelp(argparse.RawDescriptionHelpFormatter):
     """--help shows the docstring as it is written, and the defaults of the chosen model."""
 
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
+
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default is None or action.default is False:
+            return action.help
+        if action.default == argparse.SUPPRESS:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
 
+def settings_parser(name, doc):
+    """An argparse parser for NAME.py, whose --help shows the script's docstring as it is."""
+    return argparse.ArgumentParser(
+        f"{name}.py", description=doc, formatter_class=SettingsHelp, allow_abbrev=False
+    )
+
+
 def chosen_model(argv=None):
-    """The --model on the command line, before the other flags are read."""
+    """The --model on the command line, which we must know before we read the other flags."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--model", default="toy")
     return finder.parse_known_args(argv)[0].model
@@ -93,7 +106,7 @@ def run_name(script, args):
 
 
 def check_out(args):
-    """Exits if --out holds a run that would be overwritten, or none that --resume could go on."""
+    """Exits if --out holds a run that we would overwrite, or if --resume finds no run there."""
     has_run = (Path(args.out) / "config.json").is_file()
     if args.resume and not has_run:
         sys.exit(f"--resume: there is no run in {args.out}; name its folder with --out")
@@ -234,7 +247,7 @@ class Run:
 
         self.config = {k: v for k, v in vars(args).items() if k not in NOT_SAVED}
         self.config.update(model_source=model_source, sampler=sampler)
-        # As JSON has it: a tuple becomes a list, so that old and new can be compared.
+        # A round trip through JSON turns tuples into lists, so that old and new can be compared.
         self.config = json.loads(json.dumps(self.config))
         if args.resume:
             self.check_config()
@@ -259,9 +272,9 @@ class Run:
         write_atomically(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
 
     def resume(self, params, optimizer):
-        """Puts weights and optimizer back as the checkpoint has them.
+        """Loads the weights and the optimizer's state from the checkpoint, and sets .start.
 
-        Returns everything that it holds, or None if this is a new run. Sets .start.
+        Returns all that the checkpoint holds, or None if this is a new run.
         """
         if not (self.args.resume and self.checkpoint.is_file()):
             return None

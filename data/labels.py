@@ -19,7 +19,6 @@ trains on the labeled folders that come out. A labeled folder holds images/NAME,
   $ python data/labels.py pseudo --detector toy/detector --images new --exclude hard --out pseudo
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -38,7 +37,7 @@ from common import pick_device
 from data.coco import write_atomically
 from data.images import image_batches, image_data, to_tensor
 from rewards import load_detector
-from run_folder import SettingsHelp, readable_errors, to_pil
+from run_folder import SettingsHelp, readable_errors, settings_parser, to_pil
 
 SOURCES = ("human", "pseudo", "real")
 SPLITS = ("train", "test")
@@ -47,11 +46,12 @@ MAX_COLOR = 8 / 255  # an image editor may leave this much color in a gray map
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("data/labels.py", None, __doc__, formatter_class=SettingsHelp)
+    parser = settings_parser("data/labels", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, text):
-        return commands.add_parser(name, help=text, formatter_class=SettingsHelp).add_argument
+        options = dict(formatter_class=SettingsHelp, allow_abbrev=False)
+        return commands.add_parser(name, help=text, **options).add_argument
 
     add = command("score", "rank images and categories by the detector's confidence")
     add("--detector", required=True, help="folder, hub id, or the released ad_pytorch_model.bin")

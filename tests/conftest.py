@@ -3,7 +3,6 @@
 No test reads or writes the working folder: each runs in a folder of its own.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -304,13 +303,12 @@ def run_script(module, *words):
 
     For example run_script(refl, "--train_steps", 2, "--out", "run").
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            args = module.parse_args([str(word) for word in words])
-            stack.enter_context(readable_errors(args))
+    try:
+        args = module.parse_args([str(word) for word in words])
+        with readable_errors(args):
             module.main(args)
-        except SystemExit as error:
-            return error.code
+    except SystemExit as error:
+        return error.code
     return 0
 
 

@@ -81,8 +81,7 @@ def test_prompt_means_and_diversity_equal_loops():
     rng = np.random.default_rng(0)
     features, ids = rng.normal(size=(9, 5)), [*"xyxzyxwwx"]
     expected = {}
-    # z has one image, and so no pair.
-    for prompt_id in "xyw":
+    for prompt_id in "xyw":  # z has one image, and so no pair
         group = [f / np.linalg.norm(f) for f, other in zip(features, ids) if other == prompt_id]
         pairs = [1 - group[i] @ group[j] for i in range(len(group)) for j in range(i)]
         expected[prompt_id] = np.mean(pairs)
@@ -103,13 +102,14 @@ def test_frechet_equals_scipys_square_root(n, m, d):
 
 def test_covariance_distances_equal_numpys():
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(40, 6)) * [1, 2, 3, 1, 1, 1], rng.normal(size=(30, 6))
+    # Four images span three of six directions: there the eigenvalues count as 1e-8.
+    a, b = rng.normal(size=(40, 6)) * [1, 2, 3, 1, 1, 1], rng.normal(size=(4, 6))
     spectra = []
     for x in (a, b):
         covariance = np.cov((x / np.linalg.norm(x, axis=1, keepdims=True)).T)
         spectra.append(np.sort(np.linalg.eigvals(covariance).real))
     distances = evaluate.covariance_distances(torch.tensor(a), torch.tensor(b))
-    logs = np.log(spectra)
+    logs = np.log(np.maximum(spectra, 1e-8))
     expected = (np.abs(spectra[0] - spectra[1]).mean(), np.abs(logs[0] - logs[1]).mean())
     assert distances == pytest.approx(expected)
 
@@ -174,8 +174,8 @@ def test_metrics_equal_a_computation_by_hand(scenes, vit):
 
 
 def test_identical_folders_differ_by_nothing(scenes):
-    shutil.copytree(scenes / "a", scenes / "c")
     a, c = str(scenes / "a"), str(scenes / "c")
+    shutil.copytree(a, c)
     result = measure(a, c, "--reference", c, "--metrics", "toy_pref,frechet_toy,cov_dist,drift")
     assert [difference["mean"] for difference in result["differences"][c].values()] == [0, 0, 0]
     assert result["folders"][a]["frechet_toy"]["mean"] == pytest.approx(0, abs=1e-6)
@@ -245,7 +245,6 @@ def test_over_steps(world, vit, tmp_path, rank):
     result = measure(*words)
     assert list(result["steps"].values()) == [0, 1, 2] and len(result["drift"]) == 2
     assert len({result["folders"][folder]["dino_div"]["mean"] for folder in result["steps"]}) == 3
-    # `model` is as the last snapshot has it.
     for i, image in enumerate(generate(model, PROMPTS, 0, sampler, 2)):
         saved = pixels_of(run / f"over_steps/step_000002/{i // 2:05d}_{i % 2:02d}.png")
         assert (image - saved).abs().max() < 1.01 / 255
@@ -270,8 +269,8 @@ def test_report(capsys):
         "\n"
         "x: dino_div leaves out 2 of 2 prompts with only one image\n"
         "x: the oracle abstained on 12.5% of the images (not correct)\n"
-        "x: too few images for cov_dist: "
-        "there are no more of them than the features have dimensions\n"
+        "x: too few images for cov_dist: there are no more of them than the features have "
+        "dimensions\n"
         "dino: toy\n"
     )
 

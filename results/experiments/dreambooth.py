@@ -10,7 +10,7 @@ Prints   a table as in diffdoctor_treatment.py, and "instance", the share of ima
          star, by the oracle's nearest reading. The oracle reads "purple" where a prompt has "[v]".
 Draws    diffdoctor_dreambooth.png: the six pictures; then a row each of images before DreamBooth,
          with "[v]" and with "purple", after it, and treated without and with the regularizer.
-Took     a few minutes per LoRA on two CPU cores.
+Took     one to six minutes per treated run on two CPU cores, like diffdoctor_treatment.py's.
 """
 
 import numpy as np
