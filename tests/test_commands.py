@@ -319,3 +319,18 @@ def test_code_beside_the_weights_is_never_run(world, tmp_path):
     with pytest.raises(SystemExit, match="--model"):
         load_model(str(folder), CPU)
     assert not (tmp_path / "ran").exists()
+
+
+def test_odd_prompts_are_fine(world):
+    """Emoji, right-to-left text, thousands of characters, a byte order mark."""
+    odd = "\N{FIRE}\N{CAT} a red circle\n\u05e9\u05dc\u05d5\u05dd\n" + "a very long prompt " * 500
+    Path("odd.txt").write_text(odd + "\r\n", encoding="utf-8-sig")
+    _, words = training_commands(world)["refl"]
+    words = [*words, "--prompts", "odd.txt", "--test_prompts", "odd.txt", "--train_steps", 1]
+    assert run_script(refl, *words, "--out", "run") == 0
+    sampling = ["--mode", "base", "--model", world.sd, "--num_inference_steps", 2]
+    sampling += ["--num_images", 1, "--prompts", "odd.txt", "--out", "images"]
+    assert run_script(combined_sample, *sampling) == 0
+    lines = Path("images/metadata.jsonl").read_text(encoding="utf-8").split("\n")
+    texts = [json.loads(line)["text"] for line in lines if line]
+    assert texts == [line.strip() for line in odd.split("\n")]

@@ -1,1 +1,0 @@
-"""The experiments of claims.py, one a file."""
