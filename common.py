@@ -32,6 +32,7 @@ from huggingface_hub import list_repo_files
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 diffusers.logging.disable_progress_bar()
@@ -128,16 +129,18 @@ class Model:
         if not hasattr(self.denoiser, "peft_config"):
             self.denoiser.save_pretrained(Path(folder) / self.denoiser_name)
             return
-        metadata = self.denoiser.peft_config["default"].to_dict()
-        # peft keeps this as a set, whose order changes from run to run.
-        metadata["target_modules"] = sorted(metadata["target_modules"])
-        type(self.pipe).save_lora_weights(
-            folder,
-            **{
-                f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(self.denoiser),
-                f"{self.denoiser_name}_lora_adapter_metadata": metadata,
-            },
-        )
+        # As diffusers' save_lora_weights writes it, except that equal LoRAs are equal bytes: the
+        # order of peft's sets, and of several entries in the header, changes from run to run.
+        prefix = self.denoiser_name
+        metadata = {}
+        for key, value in self.denoiser.peft_config["default"].to_dict().items():
+            metadata[f"{prefix}.{key}"] = sorted(value) if isinstance(value, set) else value
+        header = {"lora_adapter_metadata": json.dumps(metadata, indent=2, sort_keys=True)}
+        tensors = {}
+        for key, tensor in get_peft_model_state_dict(self.denoiser).items():
+            tensors[f"{prefix}.{key}"] = tensor.contiguous()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, Path(folder) / LORA_FILE, header)
 
 
 def split_revision(name):

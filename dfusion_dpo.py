@@ -5,7 +5,7 @@ makes the better image out of the worse one: it denoises the same noise again, w
 takes the prompt's items from a well-aligned reference. We train on such pairs with DPO, DDPO or
 DPOK.
 
-theta is the weights that we train. theta_old is a copy of them, made when a round begins: it
+theta denotes the weights being trained. theta_old is a copy of them, made when a round begins: it
 samples the round and then stays as it is. Time is the index i of scheduler.timesteps. Step i takes
 the latents x[i] to x[i+1]; x[0] is pure noise and x[T] the clean image. The paper counts the steps
 down from T to 1, and so do the flags --fusion_steps and --trained_steps.
@@ -15,7 +15,7 @@ A round, for each of its prompts c:
   r                = reward(decode(x[T]), c)
   reference, base  = the best quarter, each used twice; the worst half. Paired in order of rank
   mask[i]          = XOR over the items of [maps[i, item] >= threshold[item]]                   (4)
-                     maps: cross-attention of the reference, in the first up block
+                     maps: cross-attention of the reference, in the first up block (--mask_layer)
   target           = the base's noise, denoised again. In the mid block and all up blocks, its
                      self-attention has, where mask[i] is set, the reference's keys and values  (5)
   a                = target if r(target) >= adoption_threshold * r(base) else reference         (7)
@@ -28,15 +28,20 @@ Then inner_epochs updates of theta, each on all pairs at their trained steps:
   dpok_loss        = ddpo_loss + kl_weight * KL(p_theta || p_pretrained)                        (9)
 p is the plain guided model, also for steps that were fused. In the first of the updates theta still
 equals theta_old: log_ratio is 0, and we keep log p_theta as the log p_theta_old of the others.
+log p is averaged over the latent elements, as in DDPO's and D3PO's code, so log ratios and margins
+are small: about 1e-3. Choose beta accordingly if you change the loss.
 
 The loss stays near ln 2 (dpo) or 0 (ddpo, dpok) however well the model learns. Read `reward` over
-the rounds, `accuracy` (the share of pairs and steps with log_ratio_a > log_ratio_b) and `margin`.
+the rounds, and the held-out `test_reward`. `accuracy` is the share of pairs and steps with
+log_ratio_a > log_ratio_b, and `margin` the mean difference. Both are measured on the pairs being
+trained, so they are 0.5 and 0 in the first update of every round and rise after it.
 
-Differences from the paper and its code, which samples and fuses but has no training:
+Differences from the paper and from the authors' code, which samples and fuses but does not train:
 1. We merge masks with XOR and take maps from the first up block, as in the paper. The code merges
    with OR (--mask_merge or) and takes maps from a down block, too.
 2. The right-hand side of Eq. 7 is lost in print. We take the base; --adopt_against reference is the
-   other reading. The paper gives no beta, kl_weight or clip range: ours come from related code.
+   other reading. The paper gives no beta, kl_weight or clip range: ours are D3PO's, DPOK's and, for
+   the clip range, that of the authors' configuration file.
 3. Where an item has several tokens (woolen = woo|len), we average over all of them. Five prompts of
    the code point at a wrong token.
 4. We replay the reference in one batch with the target, from the latents and maps that we kept when
@@ -91,7 +96,7 @@ OURS = {  # what we change, and the models that the paper does not have
         reward="toy_clip", prompts=f"{ROOT}/data/dfusion_toy.json",
         # Block 5 is 8 x 8. The first up block is 4 x 4, which is too coarse for these objects.
         mask_layer=5, item_token="next",
-        # Of 10 steps. There the gradient of fused DPO comes nearest to the reward's.
+        # Of 10 steps. There fused DPO's gradient comes closest to the reward's: results/dfusion.md.
         trained_steps="4-3",
     ),
 }
@@ -141,7 +146,7 @@ def parse_args(argv=None):
     )
     add(
         "--trajectory", choices=("recorded", "inversion"), default="recorded",
-        help="inversion replaces the trajectories by DDIM inversion, the ablation of section 4.4",
+        help="inversion uses trajectories from DDIM inversion, the ablation of section 4.4",
     )
     add("--beta", type=float, default=0.1, help="weight of the log ratio in Eq. 6")  # D3PO's
     add("--kl_weight", type=float, default=0.01, help="weight of the KL in Eq. 9")  # DPOK's code
@@ -206,7 +211,7 @@ def step_indices(flag, text, num_inference_steps):
 
 
 def dpo_loss(log_ratio_a, log_ratio_b, beta):
-    """Eq. 6 of the preferred images a and the others b, each (B,) at the same steps -> scalar."""
+    """Eq. 6 for preferred images a and rejected images b, (B,) each at the same steps -> scalar."""
     margin = log_ratio_a - log_ratio_b
     return -F.logsigmoid(beta * margin).mean()
 
@@ -223,7 +228,7 @@ def ddpo_loss(log_ratio, advantage, clip_range):
 
 
 def dpok_loss(log_ratio, advantage, clip_range, kl, kl_weight):
-    """Eq. 9 with alpha 1: kl (B,) is KL(p_theta || p_pretrained), a mean per number of latents."""
+    """Eq. 9 with alpha 1: kl (B,) is KL(p_theta || p_pretrained), averaged over the latents."""
     return ddpo_loss(log_ratio, advantage, clip_range) + kl_weight * kl.mean()
 
 
@@ -299,7 +304,7 @@ def steps_with_noise(scheduler, steps):
 def log_normal(x, mu, sigma):
     """log N(x; mu, sigma^2) of (B, C, h, w) -> (B,).
 
-    A mean over the numbers of the latents, as DDPO's and D3PO's code have it, not a sum.
+    Averaged over the latent elements, as in DDPO's and D3PO's code, not summed.
     """
     squares = (x - mu) ** 2 / (2 * sigma**2)
     return (-squares - sigma.log() - 0.5 * math.log(2 * math.pi)).mean((1, 2, 3))
@@ -339,9 +344,9 @@ def sample_trajectories(
 def invert(model, scheduler, prompt, x0):
     """Clean latents (B, C, h, w) -> trajectories (B, T+1, C, h, w) by DDIM inversion.
 
-    Section 4.4 replaces the recorded trajectories by these. Inversion runs the steps backwards: at
-    step i the model sees the latents x[i+1] but is asked as if they were x[i]. We run it
-    without guidance, as null-text inversion does.
+    Section 4.4 replaces the recorded trajectories with these. Inversion runs the steps backwards:
+    at step i the model gets the latents x[i+1], but the timestep of x[i]. We run it without
+    guidance, as null-text inversion does.
     """
     prompts = [prompt] * len(x0)
     bars = alpha_bars(scheduler)
@@ -399,7 +404,7 @@ class SelfAttentionFusion:
 
     The batch is [n references | m targets], and under guidance two such halves. Set `masks`, bool
     (m, s, s), to fuse. Target j then takes its keys and values inside of masks[j] from the
-    reference reference_of[j]. Its queries stay its own, and so do the references.
+    reference reference_of[j]. Its queries are unchanged, and so are the references.
     """
 
     stock = AttnProcessor2_0()
@@ -509,6 +514,7 @@ def fuse(
     processor = SelfAttentionFusion(n, reference_of.to(model.device))
     with installed(model, processor, plan.fused_modules):
         for i in range(len(scheduler.timesteps)):
+            # Draw in every step, so that the generators stay in step with the base's.
             noise = initial_latents(model, generators)
             # Before the first fused step a target is its base.
             if i < plan.fused_steps.start:
@@ -563,7 +569,7 @@ class Pairs:
     trajectories: torch.Tensor  # (2, P, T+1, C, h, w), fp32, on the CPU
     advantages: torch.Tensor  # (2, P)
     pictures: list  # base | reference | mask | target of the first pair of up to 8 prompts
-    stats: dict  # what the log says of the round
+    stats: dict  # round statistics for the log
 
 
 def draw_prompts(args, rows, number):
@@ -574,7 +580,7 @@ def draw_prompts(args, rows, number):
 
 
 def noise_generators(args, number, row_index, images):
-    """New generators of the noise of some images of a prompt, which start from x[0]."""
+    """Fresh noise generators for the given images of a prompt. Their first draw is x[0]."""
     return [generator(args.seed, "trajectory", number, row_index, int(k)) for k in images]
 
 
@@ -771,7 +777,7 @@ def read_test_prompts(args, prompts_of_file):
     if args.test_prompts:
         return read_prompts(args.test_prompts)[:16]
     if not prompts_of_file:
-        sys.exit(f"--test_prompts FILE is needed: {args.prompts} has no test prompts")
+        sys.exit(f"--test_prompts FILE is required, because {args.prompts} has no test prompts")
     return prompts_of_file[:16]
 
 
@@ -810,18 +816,18 @@ def attention_modules(args, model):
     return mask_modules, fused_modules
 
 
-def draw_couples(args, number, num_pairs, trained_steps):
-    """The (pair, step) couples that a round trains on -> (couples, 2).
+def draw_pair_steps(args, number, num_pairs, trained_steps):
+    """The (pair, step)s that a round trains on -> (N, 2).
 
     Each pair gets --train_timesteps of the trained steps, the same ones in every inner epoch.
     """
-    couples = []
+    pair_steps = []
     for pair in range(num_pairs):
         draw = generator(args.seed, "timesteps", number, pair)
         picks = torch.randperm(len(trained_steps), generator=draw)[: args.train_timesteps]
         for k in picks.sort()[0]:
-            couples.append((pair, trained_steps[k]))
-    return torch.tensor(couples)
+            pair_steps.append((pair, trained_steps[k]))
+    return torch.tensor(pair_steps)
 
 
 def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
@@ -858,21 +864,21 @@ def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
         loss = dpo_loss(log_ratio_a, log_ratio_b, args.beta)
     elif args.algo == "ddpo":
         loss = ddpo_loss(log_ratio, advantage, CLIP_RANGE)
-    else:
+    elif args.algo == "dpok":
         kl = normal_kl(mu, mu_pretrained, sigma)
         loss = dpok_loss(log_ratio, advantage, CLIP_RANGE, kl, args.kl_weight)
         kl = kl.detach()
     return loss, log_prob.detach(), log_ratio.detach(), kl
 
 
-def preference_stats(log_ratio, steps_of_couples, num_steps):
-    """What log_ratio (2, couples) says: accuracy and margin, and its size at each step i."""
+def preference_stats(log_ratio, steps_of_pairs, num_steps):
+    """What log_ratio (2, N) says: accuracy and margin, and its size at each step i."""
     margin = log_ratio[0] - log_ratio[1]
     # A tie counts half, so that accuracy is 0.5 before anything is learned.
     wins = (margin > 0) + 0.5 * (margin == 0)
     root_mean_squares = []
     for i in range(num_steps):
-        at_step = log_ratio[:, steps_of_couples == i]
+        at_step = log_ratio[:, steps_of_pairs == i]
         value = None
         if at_step.numel():
             value = float(f"{at_step.square().mean().sqrt():.4g}")
@@ -945,7 +951,7 @@ def main(args):
         print("The loss stays near ln 2 = 0.693 (dpo) or 0 (ddpo, dpok) however well it learns:")
         print("  read reward, and accuracy and margin in log.jsonl")
 
-    # How many images went through the denoiser; with guidance each counts twice.
+    # The number of images that the denoiser has seen. With guidance each counts twice.
     passes = []
 
     def count_images(module, inputs):
@@ -960,7 +966,7 @@ def main(args):
         passes.clear()
         number, epoch = divmod(step - 1, args.inner_epochs)
 
-        # A new round: the weights of now become theta_old, and they sample the pairs.
+        # A new round: the current weights become theta_old, and they sample the pairs.
         if epoch == 0:
             theta_old = copy_params(params)
             log_prob_old = None
@@ -979,21 +985,21 @@ def main(args):
             passes.clear()
 
         # The loss of all pairs at their steps, a micro-batch at a time: half of it a, half b.
-        # Each micro-batch's mean counts by its share of the couples.
-        couples = draw_couples(args, number, len(pairs.prompts), trained_steps)
+        # Each micro-batch's mean counts by its share of all of them.
+        pair_steps = draw_pair_steps(args, number, len(pairs.prompts), trained_steps)
         total_loss = 0.0
         log_probs = []
         log_ratios = []
         kls = []
-        couples_per_batch = args.micro_batch // 2
-        for k in range(0, len(couples), couples_per_batch):
-            part = slice(k, k + couples_per_batch)
-            p, i = couples[part].T
+        pair_steps_per_batch = args.micro_batch // 2
+        for k in range(0, len(pair_steps), pair_steps_per_batch):
+            part = slice(k, k + pair_steps_per_batch)
+            p, i = pair_steps[part].T
             old = None
             if log_prob_old is not None:
                 old = log_prob_old[:, part].flatten().to(device)
             loss, log_prob, log_ratio, kl = pair_loss(args, model, scheduler, pairs, p, i, old)
-            loss = loss * len(p) / len(couples)
+            loss = loss * len(p) / len(pair_steps)
             loss.backward()
             total_loss += loss.detach()
             log_probs.append(log_prob.view(2, -1))
@@ -1021,7 +1027,7 @@ def main(args):
             epoch=epoch,
             loss=total_loss.item(),
             **pairs.stats,
-            **preference_stats(log_ratio, couples[:, 1], num_steps),
+            **preference_stats(log_ratio, pair_steps[:, 1], num_steps),
             kl=torch.cat(kls).mean().item() if args.algo == "dpok" else None,
             grad_norm=grad_norm,
             images=(number + 1) * args.batch_size,

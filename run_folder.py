@@ -312,7 +312,7 @@ class Run:
     def skip(self, step):
         """Counts and reports an update that was left out. Five in a row end the run."""
         self.skipped.append(step)
-        message = f"update {step}: NaN or Inf in its gradient, left out"
+        message = f"update {step}: NaN or Inf in its gradient or reward, left out"
         if self.skipped[-5:] == list(range(step - 4, step + 1)):
             sys.exit(f"{message}. It is the fifth in a row; turn down --lr")
         tqdm.write(f"{message}, as were {len(self.skipped) - 1} before", file=sys.stderr)

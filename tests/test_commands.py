@@ -100,9 +100,9 @@ def load_fork(path):
 def test_the_readmes_fork(world, tmp_path):
     """Copy refl.py, rename its runs, turn its loss around: it trains the other way."""
     source = (ROOT / "refl.py").read_text()
-    source = source.replace('run_name("refl", args)', 'run_name("mine", args)')
+    source = source.replace('NAME = "refl"', 'NAME = "mine"')
     loss = "return -reward_scale * ((r - shift) / scale).mean()"
-    assert source.count(loss) == 1 and source.count('"mine"') == 1
+    assert source.count(loss) == 1 and source.count('"mine"') == 1 and '"refl"' not in source
     (tmp_path / "mine.py").write_text(source.replace(loss, loss.replace("-reward", "reward")))
     fork = load_fork(tmp_path / "mine.py")
     assert fork.parse_args([]).out == "runs/mine-toy-toy_pref"
@@ -181,10 +181,11 @@ def mistakes(world):
 
 
 def test_a_mistake_ends_in_one_line_and_leaves_nothing(world, capsys):
-    rows = mistakes(world)
-    for flags, expected in rows:
+    usual = ["--model", world.sd, "--reward", "toy_pref"]
+    usual += ["--prompts", world.prompts, "--test_prompts", world.one, "--lora_rank", 4]
+    for flags, expected in mistakes(world):
         capsys.readouterr()
-        message = run_script(refl, "--model", world.sd, "--reward", "toy_pref", *flags)
+        message = run_script(refl, *usual, *flags)
         if message == 2:
             message = capsys.readouterr().err.splitlines()[-1]
         assert isinstance(message, str), (flags, message)

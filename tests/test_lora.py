@@ -3,10 +3,13 @@ the folded LoRA, its start, its file, and files of other programs."""
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import CPU, PROMPTS, random_lora, same_tensors
+from conftest import CPU, PROMPTS, ROOT, random_lora, same_tensors
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -170,14 +173,21 @@ def test_the_saved_lora_opens_in_plain_diffusers_and_here(world, tmp_path, famil
 
 
 def test_equal_loras_are_equal_bytes(world, tmp_path):
-    for name in ("a", "b"):
-        model = with_lora(world.sd)
-        # peft's own order of this set changes from process to process: here we turn it around.
-        config = model.denoiser.peft_config["default"]
-        config.target_modules = sorted(config.target_modules, reverse=name == "b")
-        model.save(tmp_path / name)
-    first, second = ((tmp_path / name / LORA_FILE) for name in ("a", "b"))
-    assert first.read_bytes() == second.read_bytes()
+    """In two processes whose sets and maps have another order."""
+    script = (
+        "import sys; sys.path[:0] = sys.argv[3:5]\n"
+        "from conftest import CPU, random_lora\n"
+        "from common import load_model, make_trainable\n"
+        "model = load_model(sys.argv[1], CPU)\n"
+        "random_lora(make_trainable(model, 4))\n"
+        "model.save(sys.argv[2])\n"
+    )
+    for name in ("a", "b", "c"):
+        words = [world.sd, tmp_path / name, ROOT, ROOT / "tests"]
+        environment = {**os.environ, "PYTHONHASHSEED": str(ord(name))}
+        subprocess.run([sys.executable, "-c", script, *words], env=environment, check=True)
+    files = [(tmp_path / name / LORA_FILE).read_bytes() for name in ("a", "b", "c")]
+    assert files[0] == files[1] == files[2]
 
 
 def test_alpha_and_rank_are_those_of_the_file(world, tmp_path):

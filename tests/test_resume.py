@@ -171,8 +171,6 @@ def test_the_fifth_in_a_row_ends_the_run(world, monkeypatch):
     bad_updates = {2, *range(4, 20)}
     break_gradients(monkeypatch, module, bad_updates)
     assert run_script(module, *words, "--train_steps", 6) == 0
-    monkeypatch.undo()
-    break_gradients(monkeypatch, module, range(20))
     message = run_script(module, *words, "--train_steps", 20, "--resume")
     assert message.startswith("update 8: ") and "fifth in a row" in message
     assert [row["step"] for row in read_log("run") if "skipped" in row] == [2, 4, 5, 6, 7]
