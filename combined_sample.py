@@ -1,10 +1,10 @@
-"""Samples images from a base model, from a tuned one, or from both of them together.
+"""Samples images from a base model, a tuned model, or both together.
 
-A model that was tuned on a reward draws better images, but they look more alike. The first steps of
-sampling decide the layout, and the last ones the quality. So in combined generation (ImageReFL,
-arXiv 2505.22569, Eq. 3) the base model takes the first steps, and the tuned model the others.
+A model tuned on a reward makes better images, but they look more alike. The first sampling steps
+determine the layout, and the last ones the quality. So in combined generation (ImageReFL,
+arXiv 2505.22569, Eq. 3) the base model takes the first steps, and the tuned model takes the rest.
 
-In step i of T the tuned model has the weight w(i):
+At step i of T, the tuned model has the weight w(i):
 
   noise_pred = (1 - w(i)) * base(x_t, t, prompt, base_guidance_scale)
                +    w(i)  * tuned(x_t, t, prompt, guidance_scale)
@@ -18,21 +18,21 @@ The paper's base_steps, for T = 40: 10 (SD 1.5) and 20 (SDXL) for a model tuned 
 for one tuned with ImageReFL. aig runs both models in every step but the first.
 
 Differences from the papers' code:
-1. AIG's code runs the base model without guidance, which by itself makes it worse. Here it has
-   --base_guidance_scale, and 1 is AIG's own way.
+1. AIG's code runs the base model without guidance, which by itself makes it worse. Here the base
+   model has --base_guidance_scale; 1 matches AIG's code.
 2. With a LoRA, base and tuned model are one network with the LoRA off and on. A full fine-tune
    needs two denoisers in memory, which the paper names as its limitation.
 3. SDXL's unconditional embedding is zeros, as in diffusers. ImageReFL's code encodes "".
 
 --lora takes a run folder, a snapshot in it such as RUN/lora/step_000060, or any LoRA that diffusers
-opens. Images of a run are made as the run made its own: model, scheduler, steps, guidance,
+can load. Images of a run are made as the run made its own: model, scheduler, steps, guidance,
 resolution and prompts come from its config.json, unless a flag says otherwise. The noise depends
 only on the seed, the prompt's index and the image's index. So images of different modes, runs and
 batch sizes can be compared one by one.
 
---out gets 00000_00.png (prompt, image) and so on, grid.png, and last of all metadata.jsonl, with
-one line per image: {"file_name", "text", "prompt_id", "seed"}. Several --base_steps get one folder
-each, base_steps_12 and so on.
+--out gets 00000_00.png (prompt, image) and so on, grid.png, and finally metadata.jsonl, with one
+line per image: {"file_name", "text", "prompt_id", "seed"}. If there are several --base_steps,
+each gets its own folder, base_steps_12 and so on.
 
   $ python combined_sample.py --lora runs/refl-toy-toy_pref --mode tuned --out images/tuned
   $ python combined_sample.py --lora runs/refl-toy-toy_pref --mode combined --base_steps 5 10 15 \\
@@ -53,9 +53,9 @@ from common import merged, pick_device, sample, scheduler_step
 from data.prompts import read_prompts
 from run_folder import readable_errors, save_grid, settings_for, settings_parser, to_pil
 
-# For images that no run's config.json describes. The base model's guidance is the default of
+# Defaults for images that no run's config.json describes. The base model's guidance is that of
 # diffusers' pipelines; the scheduler and its 40 steps are those of ImageReFL, section 5. The tuned
-# model goes without guidance, as in Eq. 3. FLUX.1-dev keeps it, because it is an input there.
+# model has no guidance, as in Eq. 3. FLUX.1-dev keeps it, because there it is an input.
 SD = dict(scheduler="ddpm", num_inference_steps=40, base_guidance_scale=7.5, guidance_scale=1.0)
 BASE = {
     "sd14": SD,
@@ -84,17 +84,17 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--lora", help="run folder, LoRA folder or .safetensors file")
     add("--mode", choices=("base", "tuned", "combined", "aig"), default="tuned", help="see above")
-    add("--base_steps", type=int, nargs="+", help="for --mode combined: steps of the base model")
-    add("--model", help=f"{', '.join(MODELS)}, a diffusers folder or a hub id; the run's, or toy")
+    add("--base_steps", type=int, nargs="+", help="for --mode combined: the base model's steps")
+    add("--model", help=f"{', '.join(MODELS)}, a diffusers folder or hub id; the run's, or toy")
     add("--prompts", help="text file, one prompt per line; by default the run's held-out prompts")
     add("--num_images", type=int, default=5, help="images per prompt")
-    add("--scheduler", choices=("ddpm", "ddim", "euler"), help="the run's, or the model's")
-    add("--eta", type=float, help="DDIM's noise, 0 to 1; the run's, or 0")
-    add("--num_inference_steps", type=int, help="sampling steps; the run's, or the model's")
-    add("--guidance_scale", type=float, help="the tuned model's; the run's, or 1: without guidance")
-    add("--base_guidance_scale", type=float, help="the base model's; the run's, or diffusers' own")
-    add("--resolution", type=int, help="pixels; the run's, or the model's")
-    add("--batch_size", type=int, default=16, help="images sampled at once; it changes no noise")
+    add("--scheduler", choices=("ddpm", "ddim", "euler"), help="default: the run's, or the model's")
+    add("--eta", type=float, help="DDIM's noise, 0 to 1; default: the run's, or 0")
+    add("--num_inference_steps", type=int, help="steps; default: the run's, or the model's")
+    add("--guidance_scale", type=float, help="the tuned model's; default: the run's, or 1 (none)")
+    add("--base_guidance_scale", type=float, help="the base model's; default: run's, or diffusers'")
+    add("--resolution", type=int, help="pixels; default: the run's, or the model's")
+    add("--batch_size", type=int, default=16, help="images sampled at once; the noise is the same")
     add("--micro_batch", type=int, default=4, help="images decoded at once, to save memory")
     add("--seed", type=int, default=0, help="the random seed")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -108,7 +108,7 @@ def parse_args(argv=None):
     if args.scheduler == "euler" and args.eta != 0:
         parser.error("--eta is for --scheduler ddim: euler adds no noise")
     if args.prompts is None:
-        parser.error(f"--prompts FILE is needed with --model {args.model}")
+        parser.error(f"--prompts FILE is required with --model {args.model}")
     if args.mode == "combined" and not 0 <= min(args.base_steps):
         parser.error("--base_steps must be 0 or more")
     if args.mode == "combined" and max(args.base_steps) > args.num_inference_steps:
@@ -120,7 +120,7 @@ def parse_args(argv=None):
 
 
 def check_mode(parser, args):
-    """Refuses flags that are missing from a mode, or have no use in it."""
+    """Exits if the mode lacks a flag that it needs, or does not use one that was given."""
     if args.mode != "base" and not args.lora:
         parser.error(f"--mode {args.mode} needs --lora: a run folder, a LoRA folder or a file")
     if args.mode == "combined" and not args.base_steps:
@@ -128,15 +128,15 @@ def check_mode(parser, args):
     if args.mode != "combined" and args.base_steps:
         parser.error("--base_steps is for --mode combined")
     if args.base_steps and len(set(args.base_steps)) < len(args.base_steps):
-        parser.error("--base_steps: each number gets its own folder, so none may come twice")
+        parser.error("--base_steps: each number gets its own folder, so none may be repeated")
     if args.mode == "base" and args.guidance_scale is not None:
-        parser.error("--guidance_scale has no use in --mode base: use --base_guidance_scale")
+        parser.error("--guidance_scale is not used in --mode base: use --base_guidance_scale")
     if args.mode == "tuned" and args.base_guidance_scale is not None:
-        parser.error("--base_guidance_scale has no use in --mode tuned: use --guidance_scale")
+        parser.error("--base_guidance_scale is not used in --mode tuned: use --guidance_scale")
 
 
 def fill_defaults(args, run):
-    """Fills the flags that were not given: from the run's config.json, else from BASE."""
+    """Fills in the flags that were not given, from the run's config.json or else from BASE."""
     sampler = run.get("sampler", {})
     if args.model is None:
         args.model = run.get("model", "toy")
@@ -146,7 +146,7 @@ def fill_defaults(args, run):
         args.prompts = run.get("test_prompts")
     if args.prompts is None and args.model in ("toy", "toy-flux"):
         args.prompts = f"{TOY}/prompts_test.txt"
-    # The run's resolution fits its own model only. Without one, load_model takes the model's.
+    # The run's resolution fits only its own model. Otherwise load_model uses the model's.
     if args.resolution is None and args.model == run.get("model"):
         args.resolution = run["resolution"]
     if args.scheduler is None:
@@ -178,7 +178,7 @@ def mixed_prediction(
 ):
     """Eq. 3: (1 - w) base + w tuned, the model's output (B, C, h, w) at timestep t.
 
-    A model of weight 0 is not run.
+    A model with weight 0 is not run.
     """
     if w == 1:
         return denoise(model, latents, t, cond, guidance_scale, uncond)
@@ -191,7 +191,7 @@ def mixed_prediction(
 
 
 def tuned_weight(mode, i, num_inference_steps, base_steps=0):
-    """w(i) in [0, 1], the tuned model's weight in step i = 0 .. num_inference_steps - 1."""
+    """w(i) in [0, 1], the tuned model's weight at step i = 0 .. num_inference_steps - 1."""
     if mode == "base":
         return 0.0
     if mode == "tuned":
@@ -212,7 +212,7 @@ def sample_folder(model, prompts, args, out, base_steps=0):
     scheduler = make_scheduler(model, args.scheduler, args.num_inference_steps)
     num_steps = len(scheduler.timesteps)
     weights = [tuned_weight(args.mode, i, num_steps, base_steps) for i in range(num_steps)]
-    # The weights never fall, so from this step on the tuned model predicts alone.
+    # The weights never decrease, so from this step on the tuned model predicts alone.
     switch = sum(w < 1 for w in weights)
 
     jobs = [(i, k) for i in range(len(prompts)) for k in range(args.num_images)]
@@ -226,14 +226,14 @@ def sample_folder(model, prompts, args, out, base_steps=0):
         cond = condition(model, [prompts[i] for i, _ in batch])
         uncond = condition(model, [None] * len(batch))
 
-        # In these steps the base model has a part.
+        # The steps that use the base model, alone or together with the tuned one.
         for w, t in zip(weights[:switch], scheduler.timesteps):
             noise_pred = mixed_prediction(
                 model, latents, t, cond, uncond, w, args.guidance_scale, args.base_guidance_scale
             )
             latents = scheduler_step(scheduler, noise_pred, t, latents, generators, args.eta)
 
-        # The others are plain sampling from the tuned model. There the LoRA can be folded into the
+        # The rest is plain sampling from the tuned model. Here we can fold the LoRA into the
         # weights, which is faster.
         if switch < num_steps:
             with merged(model):
@@ -254,7 +254,7 @@ def sample_folder(model, prompts, args, out, base_steps=0):
     progress.close()
 
     save_grid(torch.stack(shown), out / "grid.png", columns=min(8, args.num_images))
-    # Whoever finds metadata.jsonl can rely on all images being there, so it comes last.
+    # metadata.jsonl comes last, so if it exists, all images do.
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (out / "metadata.jsonl").write_text(text, encoding="utf-8")
     print(f"{len(rows)} images of {len(prompts)} prompts: {out}; look at {out / 'grid.png'}")
@@ -265,14 +265,14 @@ def sample_folder(model, prompts, args, out, base_steps=0):
 
 
 def read_run(path):
-    """The config.json of the run that this path is, or lies in. {} if there is none."""
+    """The config.json of the run that this path is, or is inside of; {} if there is none."""
     if path is None:
         return {}
     for folder in (Path(path), *Path(path).parents[:3]):
         if not (folder / "config.json").is_file():
             continue
         config = json.loads((folder / "config.json").read_text())
-        # A model's folder has a config.json, too, but no sampler in it.
+        # A model's folder also has a config.json, but it does not contain a sampler.
         if "sampler" in config:
             return config
     return {}
@@ -287,7 +287,7 @@ def find_full_weights(path):
 
 
 def load_full(model, folder):
-    """Loads a fully fine-tuned denoiser. The base model's stays in model.full_base."""
+    """Loads a fully fine-tuned denoiser. The base model's denoiser stays in model.full_base."""
     try:
         tuned, report = type(model.denoiser).from_pretrained(
             folder, torch_dtype=model.dtype, use_safetensors=True, output_loading_info=True
@@ -297,15 +297,15 @@ def load_full(model, folder):
     shapes = {key: weight.shape for key, weight in tuned.state_dict().items()}
     base_shapes = {key: weight.shape for key, weight in model.denoiser.state_dict().items()}
     if report["missing_keys"] or shapes != base_shapes:
-        sys.exit(f"--lora {folder}: incomplete weights, or not those of a {model.source}")
+        sys.exit(f"--lora {folder}: incomplete weights, or not those of {model.source}")
     model.full_base = model.denoiser
     model.denoiser = tuned.requires_grad_(False).eval().to(model.device)
     num_bytes = sum(p.numel() * p.element_size() for p in tuned.parameters())
-    print(f"  base and tuned denoiser are both in memory, {num_bytes / 2**30:.2f} GiB each")
+    print(f"  the base and tuned denoisers are both in memory, {num_bytes / 2**30:.2f} GiB each")
 
 
 def print_sampling(args):
-    """Prints every setting, and beside it the run's own value where it differs."""
+    """Prints every setting, with the run's own value beside it where it differs."""
     sampler = read_run(args.lora).get("sampler", {})
     for name, value in vars(args).items():
         line = f"  {name:<20} {value}"
@@ -321,7 +321,7 @@ def main(args):
     if args.lora:
         full_weights = find_full_weights(args.lora)
     if args.lora and full_weights is None:
-        # It exits if there is no LoRA. In mode base, too, a mistyped path is an error.
+        # This exits if there is no LoRA. Even in mode base, a mistyped path is an error.
         find_lora(args.lora)
 
     model = load_model(args.model, pick_device(args.device), args.resolution)

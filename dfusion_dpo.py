@@ -1,23 +1,23 @@
 """D-Fusion: DPO on visually consistent pairs of images (Hu et al. 2025, arXiv 2505.22002).
 
 Two samples of one prompt differ in everything, so a preference between them says little. D-Fusion
-makes the better image out of the worse one: it denoises the same noise again, while self-attention
+makes the better image out of the worse one. It denoises the same noise again, while self-attention
 takes the prompt's items from a well-aligned reference. We train on such pairs with DPO, DDPO or
 DPOK.
 
-theta denotes the weights being trained. theta_old is a copy of them, made when a round begins: it
-samples the round and then stays as it is. Time is the index i of scheduler.timesteps. Step i takes
-the latents x[i] to x[i+1]; x[0] is pure noise and x[T] the clean image. The paper counts the steps
-down from T to 1, and so do the flags --fusion_steps and --trained_steps.
+theta denotes the weights being trained. theta_old is a copy made at the start of each round. It
+samples the round and then stays fixed. Time is the index i into scheduler.timesteps. Step i takes
+the latents from x[i] to x[i+1]. x[0] is pure noise, and x[T] is the clean image. The paper counts
+the steps down from T to 1, and so do the flags --fusion_steps and --trained_steps.
 
 A round, for each of its prompts c:
   x                = images_per_prompt samples of theta_old (DDIM, eta 1, with guidance)        (1)
   r                = reward(decode(x[T]), c)
-  reference, base  = the best quarter, each used twice; the worst half. Paired in order of rank
+  reference, base  = the best quarter, each used twice, and the worst half, paired by rank
   mask[i]          = XOR over the items of [maps[i, item] >= threshold[item]]                   (4)
                      maps: cross-attention of the reference, in the first up block (--mask_layer)
   target           = the base's noise, denoised again. In the mid block and all up blocks, its
-                     self-attention has, where mask[i] is set, the reference's keys and values  (5)
+                     self-attention uses the reference's keys and values where mask[i] is set   (5)
   a                = target if r(target) >= adoption_threshold * r(base) else reference         (7)
   b                = base
 Then inner_epochs updates of theta, each on all pairs at their trained steps:
@@ -26,28 +26,28 @@ Then inner_epochs updates of theta, each on all pairs at their trained steps:
   ddpo_loss        = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))              (8)
                      ratio = exp(log_ratio), A = (r - mean) / std of the prompt's rewards so far
   dpok_loss        = ddpo_loss + kl_weight * KL(p_theta || p_pretrained)                        (9)
-p is the plain guided model, also for steps that were fused. In the first of the updates theta still
-equals theta_old: log_ratio is 0, and we keep log p_theta as the log p_theta_old of the others.
+p is the plain guided model, even for steps that were fused. In a round's first update theta still
+equals theta_old, so log_ratio is 0. We keep its log p_theta as log p_theta_old for the others.
 log p is averaged over the latent elements, as in DDPO's and D3PO's code, so log ratios and margins
 are small: about 1e-3. Choose beta accordingly if you change the loss.
 
-The loss stays near ln 2 (dpo) or 0 (ddpo, dpok) however well the model learns. Read `reward` over
+The loss stays near ln 2 (dpo) or 0 (ddpo, dpok) however well the model learns. Watch `reward` over
 the rounds, and the held-out `test_reward`. `accuracy` is the share of pairs and steps with
-log_ratio_a > log_ratio_b, and `margin` the mean difference. Both are measured on the pairs being
-trained, so they are 0.5 and 0 in the first update of every round and rise after it.
+log_ratio_a > log_ratio_b, and `margin` is the mean difference. Both are measured on the pairs
+that we train on, so they are 0.5 and 0 in the first update of every round and then rise.
 
 Differences from the paper and from the authors' code, which samples and fuses but does not train:
 1. We merge masks with XOR and take maps from the first up block, as in the paper. The code merges
-   with OR (--mask_merge or) and takes maps from a down block, too.
-2. The right-hand side of Eq. 7 is lost in print. We take the base; --adopt_against reference is the
-   other reading. The paper gives no beta, kl_weight or clip range: ours are D3PO's, DPOK's and, for
-   the clip range, that of the authors' configuration file.
-3. Where an item has several tokens (woolen = woo|len), we average over all of them. Five prompts of
-   the code point at a wrong token.
-4. We replay the reference in one batch with the target, from the latents and maps that we kept when
-   it was sampled. That takes two passes instead of three.
-5. Prompts from a text file get their thresholds from a quantile of a few samples. The authors chose
-   theirs by eye; ours can be edited.
+   with OR (--mask_merge or) and also takes maps from a down block.
+2. The right-hand side of Eq. 7 is missing from the paper. We use the base there;
+   --adopt_against reference is the other reading. The paper gives no beta, kl_weight or clip range:
+   ours come from D3PO, DPOK and the authors' configuration file.
+3. If an item has several tokens (woolen = woo|len), we average over all of them. In the code, five
+   prompts point at the wrong token.
+4. We replay the reference in one batch with the target, from the latents and maps that we kept
+   from sampling it. That takes two passes instead of three.
+5. Prompts from a text file get their thresholds from a quantile over a few samples. The authors
+   chose theirs by eye, and you can edit ours.
 6. DDPO and DPOK train on the images of the pairs. The paper does not say so; DDPO's own code trains
    on all samples.
 
@@ -77,15 +77,16 @@ from rewards import REWARDS, load_reward
 from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
 from run_folder import run_name, save_grid, score, settings_for, settings_parser
 
-NAME = "dfusion_dpo"  # of the run folder and the progress bar; rename it in a fork
-PAPER = {  # Table 3: 4 x 160 images of 40 prompts per round, 25,600 in all. LoRA rank: the code
+NAME = "dfusion_dpo"  # names the run folder and the progress bar; change it in a fork
+# Table 3: 4 x 160 images of 40 prompts per round, 25,600 in total. The LoRA rank is the code's.
+PAPER = {
     "sd21": dict(
         train_steps=80, batch_size=640, images_per_prompt=16, inner_epochs=2, resolution=512,
         num_inference_steps=20, guidance_scale=5.0, adoption_threshold=1.0, lr=1e-4, lora_rank=4,
         reward="clip_h",
     ),
 }
-OURS = {  # what we change, and the models that the paper does not have
+OURS = {  # what we change, and the models that the paper does not cover
     "sd14": PAPER["sd21"],
     "sd15": PAPER["sd21"],
     "sd21": PAPER["sd21"],
@@ -96,7 +97,7 @@ OURS = {  # what we change, and the models that the paper does not have
         reward="toy_clip", prompts=f"{ROOT}/data/dfusion_toy.json",
         # Block 5 is 8 x 8. The first up block is 4 x 4, which is too coarse for these objects.
         mask_layer=5, item_token="next",
-        # Of 10 steps. There fused DPO's gradient comes closest to the reward's: results/dfusion.md.
+        # Of 10 steps, these bring fused DPO's gradient closest to the reward's: results/dfusion.md.
         trained_steps="4-3",
     ),
 }
@@ -109,51 +110,51 @@ def parse_args(argv=None):
     parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH takes the weights from PATH")
+    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH loads the weights from PATH")
     add("--algo", choices=("dpo", "ddpo", "dpok"), default="dpo", help="Eq. 6, 8 or 9")
     add("--naive", action="store_true", help="do not fuse: train on references and bases")
     add(
         "--prompts", default=f"{ROOT}/data/dfusion_templates.json",
         help="JSON as in data/, or a text file with one line 'prompt | item; item' per prompt",
     )
-    add("--template", help="which list of the JSON file; by default its first")
-    add("--test_prompts", help="held-out prompts, of which we take 16; by default the JSON's own")
+    add("--template", help="which list in the JSON file; by default the first")
+    add("--test_prompts", help="held-out prompts; we use the first 16; by default, the JSON's own")
     add("--train_steps", type=int, help="optimizer updates; inner_epochs of them make a round")
     add("--batch_size", type=int, help="images sampled per round")
     add("--images_per_prompt", type=int, help="images per prompt in a round, sampled in one batch")
     add(
         "--micro_batch", type=int, default=8,
-        help="images per gradient pass, to save memory; an image is one step of one trajectory",
+        help="images per gradient pass, each one step of a trajectory; lower to save memory",
     )
-    add("--inner_epochs", type=int, help="updates on a round's pairs")
-    add("--trained_steps", help="steps to train on, as 20-6; by default all, on toy 4-3 of 10")
-    add("--train_timesteps", type=int, help="how many of them to draw per pair; by default all")
+    add("--inner_epochs", type=int, help="updates on each round's pairs")
+    add("--trained_steps", help="steps to train on, e.g. 20-6; by default all; for toy, 4-3 of 10")
+    add("--train_timesteps", type=int, help="how many of these to draw per pair; by default all")
     add("--resolution", type=int, help="pixels")
-    add("--num_inference_steps", type=int, help="sampling steps, in training and after")
-    add("--guidance_scale", type=float, help="guidance, in training and after; 1 is none")
-    add("--fusion_layers", help="blocks to fuse in, as 3-6; by default the mid block and all after")
-    add("--fusion_steps", help="steps to fuse, as 18-1; by default all but the first two")
+    add("--num_inference_steps", type=int, help="sampling steps, during and after training")
+    add("--guidance_scale", type=float, help="guidance scale, during and after training; 1 is none")
+    add("--fusion_layers", help="blocks to fuse in, e.g. 3-6; by default the mid and up blocks")
+    add("--fusion_steps", help="steps to fuse, e.g. 18-1; by default all but the first two")
     add("--mask_layer", type=int, help="block that makes the mask; by default the first up block")
     add(
         "--item_token", choices=("own", "next"), default="own",
-        help="whose maps mark an item: those of its own tokens, or that of the token after them",
+        help="which maps mark an item: those of its own tokens, or that of the next token",
     )
     add("--mask_merge", choices=("xor", "or"), default="xor", help="how to merge the items' masks")
     add("--adoption_threshold", type=float, help="lambda of Eq. 7")
     add(
         "--adopt_against", choices=("base", "reference"), default="base",
-        help="whose reward the target's is compared with in Eq. 7",
+        help="whose reward to compare the target's with in Eq. 7",
     )
     add(
         "--trajectory", choices=("recorded", "inversion"), default="recorded",
-        help="inversion uses trajectories from DDIM inversion, the ablation of section 4.4",
+        help="inversion uses trajectories from DDIM inversion, the ablation in section 4.4",
     )
     add("--beta", type=float, default=0.1, help="weight of the log ratio in Eq. 6")  # D3PO's
     add("--kl_weight", type=float, default=0.01, help="weight of the KL in Eq. 9")  # DPOK's code
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA")
-    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
+    add("--checkpointing", action="store_true", help="save memory; costs a second forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, default=4, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
@@ -161,7 +162,7 @@ def parse_args(argv=None):
     add("--out", help=f"run folder; by default runs/{NAME}-MODEL-REWARD")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     settings = dict(settings_for(OURS, chosen_model(argv)))
-    # This default fits only the number of steps that it was chosen for, so it comes later.
+    # This default fits only the number of steps that it was chosen for, so we set it later.
     own_trained_steps = settings.pop("trained_steps", None)
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
@@ -198,7 +199,7 @@ def number_range(flag, text):
 def step_indices(flag, text, num_inference_steps):
     """A flag's steps, counted down to 1 as in the paper -> range of indices i, counted up from 0.
 
-    Of 20 steps "18-1" is range(2, 20): all but the first two, which are the noisiest.
+    With 20 steps "18-1" is range(2, 20): all but the first two, which are the noisiest.
     """
     counted = number_range(flag, text)
     if counted[0] < 1 or counted[-1] > num_inference_steps:
@@ -219,7 +220,7 @@ def dpo_loss(log_ratio_a, log_ratio_b, beta):
 def ddpo_loss(log_ratio, advantage, clip_range):
     """Eq. 8, PPO's clipped objective: log_ratio (B,), advantage (B,) -> scalar.
 
-    A step whose probability moved further than the clip range in the right direction has no
+    A step whose probability has moved beyond the clip range in the right direction gets no
     gradient.
     """
     ratio = log_ratio.exp()
@@ -235,7 +236,7 @@ def dpok_loss(log_ratio, advantage, clip_range, kl, kl_weight):
 def advantages(rewards, past_rewards):
     """Rewards of a prompt's images, of any shape -> (r - mean) / std, within -5 .. 5.
 
-    past_rewards: list of all rewards of the prompt's plain samples so far, with this round's.
+    past_rewards: list of all rewards of the prompt's plain samples so far, including this round's.
     """
     past = torch.tensor(past_rewards)
     return ((rewards - past.mean()) / (past.std(correction=0) + 1e-6)).clamp(-5, 5)
@@ -249,7 +250,7 @@ def guided(model, scheduler, latents, i, prompts, guidance_scale):
     """The model's output under guidance at step i, an int or (B,) -> (B, C, h, w).
 
     The guided model is the policy: it samples, so its probabilities are the ones to change.
-    Both its halves, with the prompt and without, carry the gradient.
+    Both halves, with and without the prompt, carry gradients.
     """
     cond = condition(model, prompts)
     uncond = condition(model, [None] * len(prompts))
@@ -257,7 +258,7 @@ def guided(model, scheduler, latents, i, prompts, guidance_scale):
 
 
 def alpha_bars(scheduler):
-    """The signal's share alpha_bar of a trajectory's latents x[0] .. x[T] -> (T+1,)."""
+    """alpha_bar, the share of signal, for a trajectory's latents x[0] .. x[T] -> (T+1,)."""
     before_each_step = scheduler.alphas_cumprod[scheduler.timesteps]
     return torch.cat([before_each_step, scheduler.final_alpha_cumprod.view(1)])
 
@@ -289,13 +290,13 @@ def ddim_step(scheduler, noise_pred, i, latents):
     next_alpha_bar = bars[i + 1].view(-1, 1, 1, 1).to(latents)
     variance = ddim_variance(alpha_bar, next_alpha_bar)
     x0, eps = predict_x0_and_eps(scheduler, noise_pred, scheduler.timesteps[i], latents)
-    # The mean keeps a part of the noise, eps; the step's fresh noise, of size sigma, is the rest.
+    # The mean keeps part of the noise, eps. The rest is the step's fresh noise, of size sigma.
     mu = next_alpha_bar.sqrt() * x0 + (1 - next_alpha_bar - variance).sqrt() * eps
     return mu, variance.sqrt()
 
 
 def steps_with_noise(scheduler, steps):
-    """Those of the steps that add noise. A step without noise has no probability to train."""
+    """The ones among `steps` that add noise. A step without noise has no probability to train."""
     bars = alpha_bars(scheduler)
     variance = ddim_variance(bars[:-1], bars[1:])
     return [i for i in steps if variance[i] > 0]
@@ -321,8 +322,8 @@ def sample_trajectories(
 ):
     """Samples images of one prompt, one per generator, and keeps all their latents.
 
-    The LoRA stays unmerged: rounded weights would be another policy than the one that we train.
-    capture: an installed CrossAttentionMaps, to keep the maps of the items, too.
+    The LoRA stays unmerged: rounded weights would be a different policy from the one we train.
+    capture: an installed CrossAttentionMaps, to keep the items' maps as well.
     Returns trajectories (B, T+1, C, h, w) and maps (B, T, items, s, s) or None, on the CPU.
     """
     prompts = [prompt] * len(generators)
@@ -332,7 +333,7 @@ def sample_trajectories(
     for i in range(len(scheduler.timesteps)):
         noise_pred = guided(model, scheduler, latents, i, prompts, guidance_scale)
         mu, sigma = ddim_step(scheduler, noise_pred, i, latents)
-        # The generators go on from where they stand: first x[0], then the noise of each step.
+        # The generators continue where they left off: first x[0], then each step's noise.
         latents = mu + sigma * initial_latents(model, generators)
         trajectory.append(latents.cpu())
         if capture:
@@ -344,7 +345,7 @@ def sample_trajectories(
 def invert(model, scheduler, prompt, x0):
     """Clean latents (B, C, h, w) -> trajectories (B, T+1, C, h, w) by DDIM inversion.
 
-    Section 4.4 replaces the recorded trajectories with these. Inversion runs the steps backwards:
+    Section 4.4 replaces the recorded trajectories with these. Inversion runs the steps backward:
     at step i the model gets the latents x[i+1], but the timestep of x[i]. We run it without
     guidance, as null-text inversion does.
     """
@@ -368,10 +369,10 @@ def invert(model, scheduler, prompt, x0):
 
 
 class CrossAttentionMaps:
-    """A diffusers attention processor for cross-attention: the stock one, which keeps its maps.
+    """A diffusers processor for cross-attention: the stock one, but it also keeps its maps.
 
-    A map says how much each place of the image attends to each token. We keep the maps of the last
-    `batch_size` rows, which under guidance are those with the prompt, as a mean over the heads.
+    A map says how much each place in the image attends to each token. We keep the mean over heads,
+    for the last `batch_size` rows only. Under guidance, these are the rows with the prompt.
     """
 
     stock = AttnProcessor2_0()
@@ -388,7 +389,7 @@ class CrossAttentionMaps:
         return self.stock(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
     def pop_item_maps(self, token_spans):
-        """The maps since the last pop, as a mean over modules and over the tokens of each item.
+        """The maps since the last pop, averaged over modules and over each item's tokens.
 
         token_spans: for each item the positions of its tokens -> (B, items, s, s) on the CPU.
         """
@@ -400,10 +401,10 @@ class CrossAttentionMaps:
 
 
 class SelfAttentionFusion:
-    """A diffusers attention processor for self-attention: Eq. 5, or the stock one without masks.
+    """A diffusers processor for self-attention: Eq. 5, or the stock one while there are no masks.
 
-    The batch is [n references | m targets], and under guidance two such halves. Set `masks`, bool
-    (m, s, s), to fuse. Target j then takes its keys and values inside of masks[j] from the
+    The batch is [n references | m targets], or two such halves under guidance. Set `masks`, bool
+    (m, s, s), to fuse. Target j then takes its keys and values inside masks[j] from the
     reference reference_of[j]. Its queries are unchanged, and so are the references.
     """
 
@@ -445,7 +446,7 @@ def split_heads(attn, x):
 
 @contextlib.contextmanager
 def installed(model, processor, names):
-    """Inside, the named attention modules use the processor. The stock ones always come back."""
+    """Inside this context, the named attention modules use the processor, not the stock one."""
     stock = model.denoiser.attn_processors
     changed = dict(stock)
     for name in names:
@@ -462,7 +463,7 @@ def installed(model, processor, names):
 def attention_blocks(model):
     """The denoiser's blocks with attention, in the paper's order: down, mid, up (0 .. 6 in SD)."""
     names = {name.split(".attentions")[0] for name in model.denoiser.attn_processors}
-    # "down_blocks.0" < "mid_block" < "up_blocks.1": the alphabet has the right order.
+    # Alphabetical order is the right one: "down_blocks.0" < "mid_block" < "up_blocks.1".
     return sorted(names)
 
 
@@ -485,7 +486,7 @@ def merge_masks(maps, thresholds, merge):
     """Eq. 4: maps (..., items, s, s), one threshold per item -> masks (..., s, s), bool."""
     item_masks = maps >= torch.tensor(thresholds).view(-1, 1, 1)
     if merge == "xor":
-        # XOR of several: an odd number of them is true.
+        # The XOR of several masks is true where an odd number of them is.
         return item_masks.sum(-3) % 2 == 1
     return item_masks.any(-3)
 
@@ -504,7 +505,7 @@ def fuse(
     """Denoises the noise of each base again, with items from its reference (section 3.2).
 
     references (n, T+1, C, h, w) and their masks (n, T, s, s); bases (m, T+1, C, h, w);
-    reference_of (m,): each base's index among the references; generators: the bases', started anew.
+    reference_of (m,): each base's index among the references; generators: the bases', restarted.
     Returns the targets' trajectories (m, T+1, C, h, w) on the CPU.
     """
     n = len(references)
@@ -514,9 +515,9 @@ def fuse(
     processor = SelfAttentionFusion(n, reference_of.to(model.device))
     with installed(model, processor, plan.fused_modules):
         for i in range(len(scheduler.timesteps)):
-            # Draw in every step, so that the generators stay in step with the base's.
+            # Draw at every step, so that the noise is the same as the base's.
             noise = initial_latents(model, generators)
-            # Before the first fused step a target is its base.
+            # Before the first fused step, a target equals its base.
             if i < plan.fused_steps.start:
                 latents = bases[:, i + 1].to(model.device)
                 trajectory.append(latents.cpu())
@@ -563,7 +564,7 @@ class Samples:
 
 @dataclass
 class Pairs:
-    """What a round trains on: P pairs. In the tensors, first comes a (0) or b (1)."""
+    """What a round trains on: P pairs. The tensors' first index is 0 for a, 1 for b."""
 
     prompts: list  # P texts
     trajectories: torch.Tensor  # (2, P, T+1, C, h, w), fp32, on the CPU
@@ -573,7 +574,7 @@ class Pairs:
 
 
 def draw_prompts(args, rows, number):
-    """The prompts of round `number`, as indices of rows."""
+    """The prompts of round `number`, as indices into rows."""
     draw = generator(args.seed, "prompts", number)
     num_prompts = args.batch_size // args.images_per_prompt
     return torch.randperm(len(rows), generator=draw)[:num_prompts].tolist()
@@ -585,7 +586,7 @@ def noise_generators(args, number, row_index, images):
 
 
 def sample_prompt(args, model, scheduler, row, generators, plan):
-    """sample_trajectories of a row's prompt, with the maps of its items unless --naive."""
+    """sample_trajectories for a row's prompt, with its items' maps unless --naive."""
     prompt = row["prompt"]
     if args.naive:
         return sample_trajectories(model, scheduler, prompt, generators, args.guidance_scale)
@@ -608,8 +609,8 @@ def score_trajectories(args, model, reward, prompt, trajectories):
 def choose(rewards):
     """Rewards (N,) -> the indices of references (N/4,), of bases (N/2,), and the pairing.
 
-    References are the best quarter, bases the worst half, the best first in both. The pairing
-    (N/2,) says for each base which of the references is its own: 0, 0, 1, 1, and so on.
+    References are the best quarter and bases the worst half, each sorted best first. The pairing
+    (N/2,) gives each base the number of its reference: 0, 0, 1, 1, and so on.
     """
     order = rewards.argsort(descending=True, stable=True)
     num_references = len(rewards) // 4
@@ -619,7 +620,7 @@ def choose(rewards):
 
 
 def adopt(args, target, reference, base):
-    """Eq. 7: each target that is good enough, else the reference -> Samples, adopted (P,) bool."""
+    """Eq. 7: each target that is good enough, else its reference -> Samples, adopted (P,) bool."""
     against = base if args.adopt_against == "base" else reference
     adopted = target.rewards >= args.adoption_threshold * against.rewards
     per_image = adopted.view(-1, 1, 1, 1)
@@ -664,9 +665,9 @@ def join_pairs(parts):
 
 
 def sample_round(args, model, scheduler, reward, rows, plan, history, number):
-    """Samples round `number` with the weights that the model has now, theta_old -> Pairs.
+    """Samples round `number` with the model's current weights, theta_old -> Pairs.
 
-    history: {prompt: {round: rewards}}, to which we add. A round that is sampled again replaces
+    history: {prompt: {round: rewards}}, which we add to. If a round is sampled again, it replaces
     its own rewards.
     """
     parts = []
@@ -674,11 +675,11 @@ def sample_round(args, model, scheduler, reward, rows, plan, history, number):
         row = rows[row_index]
         prompt = row["prompt"]
 
-        # Sample the prompt's images. For the masks we keep where the items are in them.
+        # Sample the prompt's images, and keep the maps of where the items are.
         generators = noise_generators(args, number, row_index, range(args.images_per_prompt))
         trajectories, maps = sample_prompt(args, model, scheduler, row, generators, plan)
 
-        # Score them. These rewards, never those of fused images, are the prompt's history.
+        # Score them. Only these rewards, never those of fused images, enter the history.
         samples = score_trajectories(args, model, reward, prompt, trajectories)
         history.setdefault(prompt, {})[number] = samples.rewards.tolist()
 
@@ -701,14 +702,14 @@ def sample_round(args, model, scheduler, reward, rows, plan, history, number):
                 reference_of, masks, generators, args.guidance_scale,
             )
 
-            # Fusion may fail. Keep a target only if it is good enough, else its reference.
+            # Fusion may fail. If a target is not good enough, use its reference instead.
             target = score_trajectories(args, model, reward, prompt, targets)
             preferred, adopted = adopt(args, target, reference, base)
             fused_masks = masks[:, plan.fused_steps]
             pictures += [shade(torch.ones_like(base.images[0]), fused_masks[0]), target.images[0]]
             stats.update(reward_target=target.rewards, adoption=adopted, mask_area=fused_masks)
 
-        # Pair up, with each image's advantage over all plain samples of the prompt so far.
+        # Pair them up, with each image's advantage over all plain samples of the prompt so far.
         stats.update(reward_a=preferred.rewards)
         past_rewards = finite_rewards(history[prompt])
         if args.trajectory == "inversion":
@@ -733,7 +734,7 @@ def finite_rewards(rewards_of_rounds):
 def find_thresholds(args, model, scheduler, rows, plan, path):
     """Gives thresholds to the rows that have none, and shows the first 8 of them in a picture.
 
-    A line of the picture at `path` is a sample, the mask of each item, and the merged mask.
+    Each line of the picture at `path` shows a sample, its items' masks, and the merged mask.
     """
     max_items = max(len(row["items"]) for row in rows)
     missing = [row for row in rows if "thresholds" not in row]
@@ -750,18 +751,18 @@ def find_thresholds(args, model, scheduler, rows, plan, path):
 
 
 def item_thresholds(maps):
-    """Maps (B, steps, items, s, s) -> one threshold per item: a quantile of its numbers."""
+    """Maps (B, steps, items, s, s) -> one threshold per item: a quantile of its map's values."""
     numbers_of_items = maps.transpose(0, 2).flatten(1)
     quantiles = numbers_of_items.quantile(MASK_QUANTILE, 1)
     return [float(f"{quantile:.3g}") for quantile in quantiles]
 
 
 def mask_pictures(image, maps, thresholds, merge, max_items):
-    """An image (3, H, W), the masks of its items, blank up to max_items, and the merged mask."""
+    """An image (3, H, W), its items' masks, blanks up to max_items, and the merged mask."""
     pictures = [image]
     for k, threshold in enumerate(thresholds):
         pictures.append(shade(image, merge_masks(maps[:, [k]], [threshold], merge)))
-    # Prompts may differ in their number of items, but a grid has lines of one length.
+    # Prompts may have different numbers of items, but all lines of a grid are equally long.
     num_blanks = max_items - len(thresholds)
     pictures += [torch.ones_like(image)] * num_blanks
     pictures.append(shade(image, merge_masks(maps, thresholds, merge)))
@@ -785,7 +786,7 @@ def check_rows(args, model, rows):
     """Exits if a round needs more prompts than there are, or an item is not in its prompt."""
     if len(rows) < args.batch_size // args.images_per_prompt:
         at_most = len(rows) * args.images_per_prompt
-        sys.exit(f"--batch_size {args.batch_size}: {len(rows)} prompts have at most {at_most}")
+        sys.exit(f"--batch_size {args.batch_size}: {len(rows)} prompts give only {at_most}")
     for row in rows:
         item_token_spans(args, model, row)
 
@@ -793,8 +794,8 @@ def check_rows(args, model, rows):
 def attention_modules(args, model):
     """The names of the modules that make masks and of those that fuse.
 
-    Fills in --mask_layer and --fusion_layers where they are not given: the first up block
-    with cross-attention, and the mid block with all blocks after it.
+    Sets --mask_layer and --fusion_layers if they were not given: to the first up block with
+    cross-attention, and to the mid block and all blocks after it.
     """
     blocks = attention_blocks(model)
     up_blocks = [k for k, name in enumerate(blocks) if name.startswith("up")]
@@ -817,7 +818,7 @@ def attention_modules(args, model):
 
 
 def draw_pair_steps(args, number, num_pairs, trained_steps):
-    """The (pair, step)s that a round trains on -> (N, 2).
+    """The pairs' steps that a round trains on -> (N, 2), each row a (pair, step).
 
     Each pair gets --train_timesteps of the trained steps, the same ones in every inner epoch.
     """
@@ -834,8 +835,8 @@ def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
     """The loss of pairs p (B,) at steps i (B,), in one forward pass of 2B images.
 
     log_prob_old (2B,): log p_theta_old, or None while theta equals theta_old.
-    Returns the loss, and without gradient log_prob, log_ratio and kl (None without DPOK), (2B,)
-    each, first for the a of every pair, then for the b.
+    Returns the loss, log_prob, log_ratio and kl (None without DPOK). All but the loss are (2B,)
+    and detached: first for the a of every pair, then for the b.
     """
     prompts = [pairs.prompts[k] for k in p] * 2
     latents = pairs.trajectories[:, p, i].flatten(0, 1).to(model.device)
@@ -844,13 +845,13 @@ def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
     i = i.repeat(2)
 
     # The pretrained model is the same network with its LoRA off. It goes first: with
-    # --checkpointing nobody may switch the LoRA between a forward pass and its backward pass.
+    # --checkpointing the LoRA must stay as it is between a forward pass and its backward pass.
     if args.algo == "dpok":
         with base_model(model), torch.no_grad():
             noise_pred = guided(model, scheduler, latents, i, prompts, args.guidance_scale)
             mu_pretrained, _ = ddim_step(scheduler, noise_pred, i, latents)
 
-    # We score the step under the plain model, also where fusion made it.
+    # We score the step under the plain model, even if fusion made it.
     noise_pred = guided(model, scheduler, latents, i, prompts, args.guidance_scale)
     mu, sigma = ddim_step(scheduler, noise_pred, i, latents)
     log_prob = log_normal(next_latents, mu, sigma)
@@ -899,7 +900,7 @@ def set_params(params, values):
 
 def main(args):
     num_steps = args.num_inference_steps
-    # From here on there is one clock: the index i of a sampling step, 0 the first.
+    # From here on, steps are always indices i, and the first one is 0.
     fused_steps = step_indices("--fusion_steps", args.fusion_steps, num_steps)
     trained_steps = step_indices("--trained_steps", args.trained_steps, num_steps)
 
@@ -927,7 +928,7 @@ def main(args):
     scheduler = make_scheduler(model, sampler["scheduler"], num_steps)
     trained_steps = steps_with_noise(scheduler, trained_steps)
     if not trained_steps:
-        sys.exit(f"--trained_steps {args.trained_steps}: nothing to train, they add no noise")
+        sys.exit(f"--trained_steps {args.trained_steps}: nothing to train: no step adds noise")
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
@@ -944,7 +945,7 @@ def main(args):
             find_thresholds(args, model, scheduler, rows, plan, picture)
             write_items(run.dir / "prompts.json", rows, test_prompts)
             print(f"thresholds: {run.dir / 'prompts.json'}, and what they mark: {picture}")
-            print("  If it does not show the items, edit the file and start with --prompts FILE")
+            print("  If they miss the items, edit the file and start again with --prompts FILE")
         before = held_out(run, model, reward, test_prompts, step=0)
         print(f"held-out {args.reward} before: {before:.4f}")
         print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
@@ -974,7 +975,7 @@ def main(args):
             picture = run.dir / "samples" / f"round_{number:04d}.png"
             save_grid(torch.stack(pairs.pictures), picture, columns=2 if args.naive else 4)
 
-        # Resumed inside a round: the same pairs again, from theta_old and the same noise.
+        # If we resumed inside a round, remake its pairs from theta_old and the same noise.
         elif step == run.start + 1:
             theta = copy_params(params)
             theta_old = state["theta_old"]
@@ -984,8 +985,8 @@ def main(args):
             set_params(params, theta)
             passes.clear()
 
-        # The loss of all pairs at their steps, a micro-batch at a time: half of it a, half b.
-        # Each micro-batch's mean counts by its share of all of them.
+        # Compute the loss of all pairs at their steps, one micro-batch at a time, half a and half
+        # b. Weight each micro-batch's mean by its share of the total.
         pair_steps = draw_pair_steps(args, number, len(pairs.prompts), trained_steps)
         total_loss = 0.0
         log_probs = []
@@ -1011,7 +1012,7 @@ def main(args):
             log_prob_old = torch.cat(log_probs, 1).cpu()
 
         # Update the weights, with the gradient's norm clipped to 1 (Table 3). A gradient with NaN
-        # or Inf never reaches them, nor does one that comes from such a reward.
+        # or Inf never reaches them, nor does one from such rewards.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         is_finite = math.isfinite(grad_norm) and math.isfinite(pairs.stats["reward"])
         if is_finite:
@@ -1043,7 +1044,7 @@ def main(args):
             reward=f"{stats['reward']:.4f}", accuracy=f"{stats['accuracy']:.3f}"
         )
 
-        # Save the weights for the user, and a checkpoint to resume from, also inside a round.
+        # Save the weights for the user, and a checkpoint to resume from, even in mid-round.
         if is_snapshot:
             run.save(
                 step, model, params, optimizer,

@@ -1,11 +1,11 @@
 """DiffDoctor: diagnose an image model's artifacts, then treat it (Wang et al., arXiv 2501.12382).
 
 `detector` trains an artifact detector C, which gives each pixel x of an image a confidence in
-[0, 1] that something is wrong there. `treat` tunes the image model so that C of its images falls.
+[0, 1] that something is wrong there. `treat` tunes the image model so that C falls on its images.
 
   detector:  loss = mean (C(image) - label)^2          Eq. 1, over all pixels of augmented images;
-                                                       half of a batch has pseudo labels
-  treat:     latents = sample(z_T, all steps but the last grad_steps)      without gradient
+                                                       half of each batch has pseudo labels
+  treat:     latents = sample(z_T, all steps but the last grad_steps)      without gradients
              latents = sample(latents, the last grad_steps)                with gradient
              loss    = pixel_loss(C(decode(latents)))  Eq. 2: the mean confidence of all pixels
                      + gamma * offline_loss            Eq. 4, on real images:
@@ -13,15 +13,15 @@
                                                        the noise or on v
 
 grad_steps is the paper's t_tr. The labels come from data/labels.py, the paper's loop of ranking
-images, labeling the hard ones by hand, and letting the detector label the others.
+images, labeling the hard ones by hand, and letting the detector label the rest.
 
-Differences from the paper, whose authors released the second half only:
-1. Eq. 3 is a norm; ours is the mean square over all elements, with t uniform through the model's
-   own shift. The released code passes the latents of real images without FLUX's shift and scale.
-2. Our gradient stops where the paper says. In the released code the truncation never fires.
-3. The paper advises early stopping, without a rule. We stop if the held-out confidence has not
-   fallen for --patience evaluations, or if the images have drifted from their first version by
-   more than --max_drift times the distance between different images. All snapshots are kept.
+Differences from the paper, whose authors released only the second half:
+1. Eq. 3 is a norm; ours is the mean square over all elements. We draw t uniformly and apply the
+   model's own shift. The released code omits FLUX's shift and scale for the latents of real images.
+2. Our gradient stops where the paper says. In the released code the truncation never takes effect.
+3. The paper recommends early stopping but gives no rule. We stop if the held-out confidence has
+   not fallen for --patience evaluations, or if the images have drifted from the originals by more
+   than --max_drift times the distance between different images. All snapshots are kept.
 4. The paper gives no numbers for training the detector. The optimizer and the thresholds are
    ours; the strong augmentation is UniMatch's.
 
@@ -29,7 +29,7 @@ Differences from the paper, whose authors released the second half only:
   $ python diffdoctor.py treat --model flux-schnell --detector ad.bin --prompts p.txt --gamma 0
   $ python diffdoctor.py detector --data labeled pseudo --real toy/images --out runs/detector
 
-The second one wants one CUDA GPU; ad.bin is the authors' ad_pytorch_model.bin.
+The second command needs one CUDA GPU; ad.bin is the authors' ad_pytorch_model.bin.
 """
 
 import argparse
@@ -54,14 +54,14 @@ from rewards import REWARDS, Detector, load_detector, load_reward
 from run_folder import Run, SettingsHelp, check_out, chosen_model, generate, print_settings
 from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser
 
-NAME = "diffdoctor"  # of the run folder of `treat`; rename it in a fork
+NAME = "diffdoctor"  # names the run folder of `treat`; change it in a fork
 PAPER = {  # treat: section 4.1, gamma from Eq. 4, and dev's 10 steps from section 4.3
     "flux-schnell": dict(lr=1e-4, lora_rank=16, num_inference_steps=5, grad_steps=1, gamma=0.25),
     "flux-dev": dict(lr=1e-4, lora_rank=16, num_inference_steps=10, grad_steps=1, gamma=0.25),
     "sd15": dict(lr=1e-4, lora_rank=16, grad_steps=1, gamma=0.0),
 }
-# The paper leaves resolution, guidance and SD's sampler open. The released code has batches of 4.
-# The paper treats SD1.5 without the regularizer; we use it there, too, with gamma 0.25.
+# The paper does not give resolution, guidance or SD's sampler. The released code has batches of 4.
+# The paper treats SD1.5 without the regularizer; we use it there as well, with gamma 0.25.
 OURS = {
     "sd14": dict(
         train_steps=2000, batch_size=4, resolution=512, lr=1e-4, lora_rank=16,
@@ -93,7 +93,7 @@ OURS = {
         scheduler="euler", num_inference_steps=10, guidance_scale=3.5, grad_steps=1, gamma=0.25,
         save_every=100, reward="imagereward",
     ),
-    # The last step alone moves the toy model little, like the paper's SD1.5. So it has 5.
+    # The last step alone hardly changes the toy model, as with the paper's SD1.5, so we use 5.
     "toy": dict(
         train_steps=60, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
         scheduler="ddpm", num_inference_steps=20, guidance_scale=1.0, grad_steps=5, gamma=0.25,
@@ -114,7 +114,7 @@ DETECTOR = {
     "toy": dict(train_steps=1000, batch_size=32, lr=2e-3, head_lr=2e-3, size=64),
     "mit-b5": dict(train_steps=40000, batch_size=16, lr=6e-5, head_lr=6e-4, size=512),
 }
-BACKBONES = {"mit-b5": "nvidia/mit-b5"}  # trained on ImageNet; its license is not commercial
+BACKBONES = {"mit-b5": "nvidia/mit-b5"}  # trained on ImageNet; its license is non-commercial
 PIXELS = ("mean", "max", "threshold")
 MOVED = ("score", "export_hard", "import_labels", "pseudo")
 
@@ -134,11 +134,11 @@ def parse_args(argv=None):
 
     if args.command == "treat":
         if not args.detector:
-            parser.error(f"--detector is needed with --model {args.model}")
+            parser.error(f"--detector is required with --model {args.model}")
         if not args.prompts:
-            parser.error(f"--prompts is needed with --model {args.model}")
+            parser.error(f"--prompts is required with --model {args.model}")
         if not args.data and args.gamma:
-            parser.error(f"--data is needed with --model {args.model}; or pass --gamma 0")
+            parser.error(f"--data is required with --model {args.model}; or pass --gamma 0")
         if not 1 <= args.grad_steps <= args.num_inference_steps:
             parser.error("we need 1 <= grad_steps <= num_inference_steps")
         args.out = args.out or run_name(NAME, args)
@@ -150,25 +150,25 @@ def add_treat_settings(parser, argv):
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
     add("--detector", help="folder, hub id, or the released ad_pytorch_model.bin")
-    add("--reward", help=f"logged, not trained on: {', '.join(REWARDS)}; or name:PATH")
-    add("--pixels", choices=PIXELS, default="mean", help="all, the worst, or those above 0.1")
+    add("--reward", help=f"logged but not trained on: {', '.join(REWARDS)}; or name:PATH")
+    add("--pixels", choices=PIXELS, default="mean", help="train on all, the worst, or those > 0.1")
     add("--prompts", help="text file, one prompt per line")
-    add("--test_prompts", help="held-out prompts, of which we take 16; or --prompts' last 100")
-    add("--data", help="real images of the regularizer, a folder with metadata.jsonl")
+    add("--test_prompts", help="held-out prompts; by default the last 100 of --prompts; we use 16")
+    add("--data", help="real images for the regularizer: a folder with metadata.jsonl")
     add("--train_steps", type=int, help="optimizer updates")
     add("--batch_size", type=int, help="images per update")
-    add("--micro_batch", type=int, default=8, help="images per gradient pass, to save memory")
+    add("--micro_batch", type=int, default=8, help="images per gradient pass; lower to save memory")
     add("--resolution", type=int, help="pixels")
-    add("--num_inference_steps", type=int, help="sampling steps, in training and after")
-    add("--guidance_scale", type=float, help="in training and after; 1 is without guidance")
-    add("--grad_steps", type=int, help="this many last sampling steps carry the gradient (t_tr)")
+    add("--num_inference_steps", type=int, help="sampling steps, during and after training")
+    add("--guidance_scale", type=float, help="guidance scale, during and after training; 1 is none")
+    add("--grad_steps", type=int, help="how many final sampling steps carry the gradient (t_tr)")
     add("--gamma", type=float, help="weight of the regularizer on real images; 0 leaves it out")
     add("--patience", type=int, default=3, help="evaluations without progress before we stop")
-    add("--max_drift", type=float, default=0.5, help="drift to stop at; another image has 1")
+    add("--max_drift", type=float, default=0.5, help="drift to stop at; a different image has 1")
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA, such as DreamBooth's (section 4.3)")
-    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
+    add("--checkpointing", action="store_true", help="save memory; costs a second forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
@@ -180,21 +180,21 @@ def add_treat_settings(parser, argv):
 
 def add_detector_settings(parser, argv):
     add = parser.add_argument
-    add("--init", default="toy", help="toy (untrained), mit-b5, or a detector to go on from")
+    add("--init", default="toy", help="toy (untrained), mit-b5, or a detector to continue from")
     add("--data", nargs="+", required=True, help="labeled folders, as data/labels.py writes them")
     add("--real", nargs="+", default=[], help="folders of photographs with metadata.jsonl")
     add("--size", type=int, help="pixels of the detector's input")
     add("--train_steps", type=int, help="optimizer updates")
     add("--batch_size", type=int, help="images per update, half of them pseudo-labeled")
-    add("--lr", type=float, help="learning rate of the backbone at the start; it falls to 0")
-    add("--head_lr", type=float, help="learning rate of the head, likewise")
+    add("--lr", type=float, help="initial learning rate of the backbone; it decays to 0")
+    add("--head_lr", type=float, help="initial learning rate of the head; it also decays to 0")
     add("--save_every", type=int, default=500, help="updates between snapshots with metrics")
     add("--seed", type=int, default=0, help="the random seed")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", required=True, help="run folder")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
 
-    # Look for --init before the other flags are read. A detector of yours keeps its own size.
+    # We need --init before we read the other flags. A detector of your own keeps its size.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--init", default="toy")
     init = finder.parse_known_args(argv)[0].init
@@ -237,7 +237,7 @@ def offline_loss(model, scheduler, x0, noise, t, cond, guidance_scale=1.0):
 
 
 def condition_both(model, prompts, guidance_scale):
-    """Prompts -> (cond, uncond). Without guidance uncond is None: encoding it costs time."""
+    """Prompts -> (cond, uncond). Without guidance, uncond is None, which saves time."""
     uncond = None
     if guidance_scale > 1:
         uncond = condition(model, [None] * len(prompts))
@@ -249,7 +249,7 @@ def treat_step(
 ):
     """Algorithm 1, lines 11 to 15: latents (B, C, h, w) -> the artifact maps (B, h, w) of images.
 
-    The last grad_steps sampling steps run with gradient, and so do the decoder and the detector.
+    The last grad_steps sampling steps run with gradients, and so do the decoder and the detector.
     """
     num_steps = len(scheduler.timesteps)
     latents = sample(
@@ -270,14 +270,14 @@ def kl(p, q, eps=1e-6):
 
 
 def stop_reason(evaluations, patience, max_drift):
-    """Why treating should stop, or None.
+    """The reason to stop treating, or None.
 
     evaluations: dicts with test_mean, the held-out confidence, and test_drift. The first of them is
-    that of the model before training.
+    from before training.
     """
     confidences = [evaluation["test_mean"] for evaluation in evaluations]
     drift = evaluations[-1]["test_drift"]
-    # Written with `not`, so that a collapse to NaN stops, too.
+    # Written with `not`, so that NaN stops the run, too.
     if not drift <= max_drift:
         return f"drift {drift:.2f} is beyond --max_drift {max_drift:g}"
     if len(evaluations) > patience:
@@ -300,7 +300,7 @@ def start_detector(init, seed, size, device):
         detector = load_detector(init, device)
         detector.size = size or detector.size
         return detector.requires_grad_(True)
-    # transformers draws from the global generator: we seed it for that, and put it back after.
+    # transformers draws from the global generator, so we seed it here and restore it afterward.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "detector").initial_seed())
         if init == "toy":
@@ -308,7 +308,7 @@ def start_detector(init, seed, size, device):
             net = AutoModelForSemanticSegmentation.from_config(config, dtype=torch.float32)
         else:
             net = load_backbone(init)
-    # At the start most pixels are fine: sigmoid(-2) is 0.12.
+    # Most pixels are fine, so the confidence starts low: sigmoid(-2) is 0.12.
     torch.nn.init.constant_(net.decode_head.classifier.bias, -2.0)
     return Detector(net, size).to(device)
 
@@ -332,7 +332,7 @@ def load_backbone(init):
 
 
 def indices_by_source(rows, split):
-    """Where the rows of a split stand in the list, by source: human, real and pseudo."""
+    """The indices of a split's rows, grouped by source: human, real and pseudo."""
     indices = dict(human=[], real=[], pseudo=[])
     for i, row in enumerate(rows):
         if row["split"] == split:
@@ -343,7 +343,8 @@ def indices_by_source(rows, split):
 def draw_batch(indices, seed, step, batch_size):
     """The images of one update. Half of them have pseudo labels, if there are any.
 
-    Of the others 40 % (ours) are real photographs, if there are any, and the rest has human labels.
+    Of the others, 40% (our choice) are real photographs, if there are any. The rest have human
+    labels.
     indices: what indices_by_source returns.
     """
     num_pseudo = batch_size // 2 if indices["pseudo"] else 0
@@ -362,8 +363,8 @@ def draw_batch(indices, seed, step, batch_size):
 def detector_metrics(detector, data, device):
     """The metrics of Table 1 on the test rows of `data` -> (stats, what to show).
 
-    stats, in percent: mse, kl and kl1 on human labels, mse_real and kl1_real on photographs, as far
-    as there are any. To show: the images, labels and maps of the first batch, or None.
+    stats, in percent: mse, kl and kl1 on human labels, mse_real and kl1_real on photographs, if
+    there are any. To show: the images, labels and maps of the first batch, or None.
     """
     detector.eval()
     stats = {}
@@ -398,7 +399,7 @@ def train_detector(args):
     train_indices = indices_by_source(rows, "train")
     test_indices = indices_by_source(rows, "test")
     if not train_indices["human"]:
-        sys.exit(f"--data {' '.join(args.data)}: no true label to learn from, of split train")
+        sys.exit(f"--data {' '.join(args.data)}: no human labels to train on")
     detector = start_detector(args.init, args.seed, args.size, device)
     args.size = detector.size
     data = Labelled(rows, detector.size)
@@ -434,20 +435,20 @@ def train_detector(args):
     for step in progress:
         started = time.time()
 
-        # Read the batch and augment it; pseudo-labeled images more strongly than the others.
+        # Read and augment the batch. Pseudo-labeled images are augmented more strongly.
         images, labels, batch = next(batches)
         is_pseudo = [rows[i]["source"] == "pseudo" for i in batch]
         draw = generator(args.seed, "augment", step)
         images, labels = augment(images.to(device), labels.to(device), is_pseudo, draw)
 
-        # Both learning rates fall to zero along half a cosine.
+        # Both learning rates follow half a cosine down to zero.
         decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / args.train_steps))
         backbone_group, head_group = optimizer.param_groups
         backbone_group["lr"] = args.lr * decay
         head_group["lr"] = args.head_lr * decay
 
         # The forward pass changes batch norm's statistics. We keep the old ones in case the update
-        # is left out. Dropout reads the global generator, so we seed it, and put it back after.
+        # is skipped. Dropout uses the global generator: we seed it here and restore it afterward.
         detector.train()
         old_buffers = [buffer.clone() for buffer in buffers]
         is_cuda = device.type == "cuda"
@@ -512,8 +513,9 @@ def held_out_confidence(run, model, detector, reward, prompts, step, before=None
     """Samples held-out prompts at fixed seeds -> (stats, images (N, 3, H, W)).
 
     stats: the mean over images of each map's mean and maximum, the drift and the reward. The drift
-    is the mean distance of pixels from the images `before`, divided by that between different
-    images of `before`. A picture in samples/ shows each image before and now, with its map.
+    is the mean pixel distance from the images `before`, divided by the mean distance between
+    different images of `before`. A picture in samples/ shows each image before and now with its
+    map.
     """
     images = generate(
         model,
@@ -576,7 +578,7 @@ def treat(args):
         model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora
     )
     num_params = sum(p.numel() for p in params)
-    # For this eps see refl.py, difference 2.
+    # See difference 2 in refl.py for why eps is so small.
     optimizer = torch.optim.AdamW(
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-2, fused=True
     )
@@ -585,14 +587,14 @@ def treat(args):
     sampler = dict(scheduler=args.scheduler, eta=eta)
     sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
     scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
-    # The regularizer's timesteps, uniform. For flows they go through the model's own shift.
+    # The regularizer's timesteps are uniform. For flows they go through the model's own shift.
     timesteps = torch.arange(1000)
     if model.is_flow:
         timesteps = make_scheduler(model, "euler", 1000).timesteps
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
-    # Drift is measured from the model before treating, so a checkpoint must not be loaded yet.
+    # Drift is measured from the untreated model, so a checkpoint must not be loaded yet.
     first, before = held_out_confidence(run, model, detector, reward, test_prompts, step=0)
     print(f"held-out artifact confidence before: {describe(first, args.reward)}")
     if first["test_max"] < 0.1:
@@ -642,8 +644,8 @@ def treat(args):
             t_indices = [torch.randint(1000, (), generator=draw) for draw in draws]
             t = timesteps[torch.stack(t_indices)].to(device)
 
-        # Do the last steps with gradient and lower the confidence, a micro-batch at a time. Each
-        # micro-batch's mean counts by its share of the batch.
+        # Do the last steps with gradients and lower the confidence, one micro-batch at a time.
+        # Weight each micro-batch's mean by its share of the batch.
         total_loss = 0.0
         maps = []
         total_offline_loss = 0.0
@@ -660,7 +662,7 @@ def treat(args):
             total_loss += loss.detach()
             maps.append(confidence.detach())
 
-            # The regularizer has a backward pass of its own: one graph in memory at a time (Eq. 4).
+            # The regularizer (Eq. 4) has its own backward pass, which saves memory.
             if args.gamma:
                 cond = condition(model, captions[part])
                 guidance_scale = args.guidance_scale if model.takes_guidance else 1.0

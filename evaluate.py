@@ -4,31 +4,31 @@ A folder holds images and a metadata.jsonl with one line per image:
 
   {"file_name": "00000_00.png", "text": "a red star", "prompt_id": 0, "seed": 0}
 
-"prompt_id" and "seed" may be missing. combined_sample.py writes such folders, but whoever made the
-images does not matter. A colon gives the weights of a metric, for example hps:FILE or mps:FOLDER.
+"prompt_id" and "seed" are optional. combined_sample.py writes such folders, but the images can come
+from anywhere. A colon sets the weights of a metric, for example hps:FILE or mps:FOLDER.
 
 Quality: the mean over prompts of the mean over the images of a prompt
-  hps pick clip clip_h    HPSv2.1, PickScore, and CLIPScore of ViT-B/32 and ViT-H/14. Papers print
+  hps pick clip clip_h    HPSv2.1, PickScore, and CLIPScore of ViT-B/32 and ViT-H/14. Papers report
                           the cosines (all but PickScore) times 100; we do not
   imagereward             ImageReward; imagereward_raw is the same without its normalization
-  mps                     MPS, condition "overall". We choose its text tokens per image, while the
-                          authors' code chooses them per batch
+  mps                     MPS, condition "overall". We choose its text tokens for each image, while
+                          the authors' code chooses them for each batch
   toy_pref toy_clip       the rewards of the toy world
-  toy_pref_b              a second judge of the same taste, which no training run ever sees
+  toy_pref_b              a second judge with the same taste, which no training run ever sees
   toy_correct             the share of images that show what the caption says. toy/oracle.py reads
-                          them without any learned part. Where it abstains, the image counts as
-                          not correct, and the table says how often that was
+                          them and has no learned parts. If it abstains, the image counts as not
+                          correct. We print how often that happens
 
 Diversity
   dino_div                1 - cosine of the DINO features of two images, averaged over the pairs of
-                          images of a prompt, then over prompts. Figures of two --dino networks
-                          cannot be compared. ImageReFL's code feeds DINO the pixels as CLIP wants
-                          them; we normalize as the network's own preprocessor says
+                          images of a prompt, then over prompts. Values from different --dino
+                          networks are not comparable. ImageReFL's code normalizes DINO's input
+                          as for CLIP; we do it as the network's own preprocessor says
 
 Distance to the images of --reference, over all images and therefore without an interval
   fid                     Frechet distance of Inception features, with pytorch-fid's weights. It
-                          wants more than 2,048 images on both sides
-  frechet_toy             the same distance of toy/dino features, so it is no FID
+                          needs more than 2,048 images on both sides
+  frechet_toy             the same distance of toy/dino features, so it is not FID
   cov_dist log_cov_dist   our own definition, after arXiv 2409.06493. Let l and m be the sorted
                           eigenvalues of the covariances of the two sets of DINO features:
                           mean |l_i - m_i|, and mean |log l_i - log m_i|
@@ -37,12 +37,12 @@ Artifacts
   artifact_mean           the confidence of --detector that something is wrong, in [0, 1]: its
   artifact_max            mean or its maximum over the pixels of an image
 
-Drift: the first folder against each other one, image by image of the same prompt and seed
+Drift: the first folder against each of the others, image by image for the same prompt and seed
   drift                   PSNR in dB (100 for identical images) and 1 - cosine of DINO features
 
-Intervals are 95 % bootstrap intervals over prompts. Where a folder has the same prompts and seeds
-as the first one, we also print its differences to the first, paired by prompt. Features are kept
-in FOLDER/.evaluate, and computed again when images, prompts, weights or this code change.
+Intervals are 95% bootstrap intervals over prompts. If a folder has the same prompts and seeds as
+the first one, we also print its differences from the first, paired by prompt. Features are cached
+in FOLDER/.evaluate, and computed again if the images, prompts, weights or this code change.
 
   $ python evaluate.py images/base images/tuned --metrics toy_pref,toy_correct,dino_div
   $ python evaluate.py --over_steps runs/refl-toy-toy_pref --metrics toy_pref,dino_div --plot a.png
@@ -75,7 +75,7 @@ from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
 
-# transformers would report the weights of a file that we do not use. load_complete checks them.
+# transformers would warn about weights that we do not use. load_complete checks them instead.
 transformers_logging.set_verbosity_error()
 
 QUALITY = (
@@ -124,7 +124,7 @@ def parse_args(argv=None):
     add("--over_steps", metavar="RUN", help="sample and measure every snapshot of this run")
     add("--prompts", help="prompts for --over_steps; by default the run's --test_prompts")
     add("--num_images", type=int, default=4, help="images per prompt for --over_steps")
-    add("--batch_size", type=int, default=32, help="images at a time")
+    add("--batch_size", type=int, default=32, help="images processed at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", help="write all results, with a value per prompt, to this JSON file")
     add("--plot", help="PNG: quality against diversity; with --over_steps, metrics over steps")
@@ -133,9 +133,9 @@ def parse_args(argv=None):
     args.metrics = split_metrics(args.metrics)
     distances = [name for name in args.metrics if name in DISTANCES]
     if bool(args.folders) == bool(args.over_steps):
-        sys.exit("name folders of images, or --over_steps RUN instead of them")
+        sys.exit("pass either folders of images or --over_steps RUN")
     if len({os.path.realpath(folder) for folder in args.folders}) < len(args.folders):
-        sys.exit("a folder is named twice")
+        sys.exit("a folder is given twice")
     if distances and not args.reference:
         sys.exit(f"--metrics {distances[0]} needs --reference, a folder of images to compare with")
     if "drift" in args.metrics and len(args.folders) == 1:
@@ -156,7 +156,7 @@ def split_metrics(text):
     for item in text.split(","):
         name, _, path = item.strip().partition(":")
         if name not in NETWORK:
-            sys.exit(f"--metrics {name}: no such metric. There are {', '.join(NETWORK)}")
+            sys.exit(f"--metrics {name}: no such metric. Choose from {', '.join(NETWORK)}")
         if path and NETWORK[name] in ("dino", "detector", "toy_correct"):
             sys.exit(f"--metrics {name}:{path}: {name} takes no path; see --dino and --detector")
         if path and not os.path.exists(path):
@@ -180,7 +180,7 @@ def prompt_means(values, prompt_ids):
 def dino_diversity(features, prompt_ids):
     """Features (N, D) of N images -> {prompt id: mean of 1 - cos over the pairs of its images}.
 
-    A prompt with one image has no pair, and is left out.
+    A prompt with one image has no pairs and is left out.
     """
     features = F.normalize(features.double(), dim=-1)
     groups = {}
@@ -199,13 +199,13 @@ def frechet(a, b):
     """Frechet distance of features a (N, D) and b (M, D), in float64 (Heusel et al. 2017, Eq. 6).
 
     |mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2), where S are the covariances. The root
-    has the same trace as that of the symmetric matrix S_a^1/2 S_b S_a^1/2.
+    has the same trace as the root of the symmetric matrix S_a^1/2 S_b S_a^1/2.
     """
     a = a.double()
     b = b.double()
     cov_a = a.T.cov()
     cov_b = b.T.cov()
-    # Rounding makes some eigenvalues slightly negative: those are zero.
+    # Rounding makes some eigenvalues slightly negative. We treat those as zero.
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
     eigenvalues = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)
@@ -216,7 +216,7 @@ def frechet(a, b):
 
 
 def covariance_distances(a, b, floor=1e-8):
-    """Features a (N, D) and b (M, D) -> (cov_dist, log_cov_dist) of our docstring.
+    """Features a (N, D) and b (M, D) -> (cov_dist, log_cov_dist), as defined at the top.
 
     The features are normalized first. Eigenvalues below `floor` are rounding errors.
     """
@@ -228,9 +228,9 @@ def covariance_distances(a, b, floor=1e-8):
 
 
 def interval(values, resamples=2000):
-    """One value per prompt -> (mean, low, high), the 95 % bootstrap interval over prompts.
+    """One value per prompt -> (mean, low, high), with the 95% bootstrap interval over prompts.
 
-    The draws depend on the number of prompts alone, so the same values give the same interval.
+    The draws depend only on the number of prompts, so the same values give the same interval.
     """
     values = torch.tensor(values, dtype=torch.float64)
     size = (resamples, len(values))
@@ -247,7 +247,7 @@ def interval(values, resamples=2000):
 def read_folder(folder):
     """metadata.jsonl -> rows dict(file_name, text, prompt_id, seed), sorted.
 
-    Without "prompt_id", the images of one text are those of one prompt. seed may be None.
+    Without "prompt_id", all images with the same text belong to one prompt. seed may be None.
     """
     path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
@@ -274,11 +274,11 @@ def read_folder(folder):
 
 
 def check_rows(path, rows):
-    """Exits if there are no rows, a file is named twice, or a prompt has two texts."""
+    """Exits if there are no rows, a file is listed twice, or a prompt has two texts."""
     if not rows:
-        sys.exit(f"{path}: no image in it")
+        sys.exit(f"{path}: it lists no images")
     if len({row["file_name"] for row in rows}) < len(rows):
-        sys.exit(f"{path}: a file is named twice")
+        sys.exit(f"{path}: a file is listed twice")
     text_of = {}
     for row in rows:
         text = text_of.setdefault(row["prompt_id"], row["text"])
@@ -349,13 +349,13 @@ def check_pairs(first, other):
 class Dino:
     """The L2-normalized CLS token (B, D) of a ViT (Caron et al. 2021).
 
-    Images are prepared as the network's own preprocessor_config.json says.
+    Images are preprocessed as the network's own preprocessor_config.json says.
     """
 
     def __init__(self, source, device):
         processor, _ = read_json(source, "preprocessor_config.json")
         size = processor["size"]
-        # Old files hold a number, new ones {"height", "width"} or {"shortest_edge"}.
+        # Old files have a number, new ones {"height", "width"} or {"shortest_edge"}.
         if isinstance(size, dict):
             size = size.get("shortest_edge") or size["height"]
         self.size = size
@@ -385,7 +385,7 @@ class Inception:
         # We load the weights ourselves: pytorch-fid would unpickle whatever it downloads.
         content = Path(path).read_bytes()
         if hashlib.sha256(content).hexdigest() != INCEPTION_SHA256:
-            raise ValueError(f"{path} is not pytorch-fid's file: its sha256 is another one")
+            raise ValueError(f"{path} is not pytorch-fid's file: its sha256 differs")
         state = torch.load(path, map_location="cpu", weights_only=True)
 
         def our_weights(url, progress):
@@ -399,7 +399,7 @@ class Inception:
 
 
 def download_inception():
-    """The path of pytorch-fid's weights in torch's cache, downloaded if they are not there."""
+    """The path of pytorch-fid's weights in torch's cache, downloaded if necessary."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -432,7 +432,7 @@ def verdicts(images, prompts):
 
 
 def build_network(name, source, device):
-    """A value of NETWORK, and its weights ("": the published ones) -> the network."""
+    """A value of NETWORK, and its weights (None: the published ones) -> the network."""
     if name == "dino":
         return Dino(source, device)
     if name == "detector":
@@ -464,13 +464,13 @@ def load_network(name, source, device):
 
 
 def file_state(path):
-    """What changes when a file is written again."""
+    """A file's name, size and time, which change when it is written again."""
     stat = path.stat()
     return path.name, stat.st_size, stat.st_mtime_ns
 
 
 def fingerprint(name, source, device, folder, rows):
-    """A hash of all that cached features depend on: images, texts, weights, device and code."""
+    """A hash of what cached features depend on: images, texts, weights, device and code."""
     weights = []
     if source and os.path.isfile(source):
         weights = [Path(source)]
@@ -489,7 +489,7 @@ def fingerprint(name, source, device, folder, rows):
 
 
 def read_cache(path, key):
-    """The features kept under this key, or None."""
+    """The features cached under this key, or None."""
     if not path.is_file():
         return None
     try:
@@ -498,20 +498,20 @@ def read_cache(path, key):
             if metadata.get("key") == key:
                 return file.get_tensor("features")
     except (SafetensorError, OSError) as error:
-        print(f"{path}: not readable ({explain(error)}), so we compute these features again")
+        print(f"{path}: not readable ({explain(error)}), so we recompute these features")
     return None
 
 
 def write_cache(path, features, key):
-    """Keeps the features for the next evaluation. A folder that is read-only is no error."""
-    # Several evaluations may share a reference, so each writes a file of its own first.
+    """Caches the features for the next evaluation. A read-only folder is not an error."""
+    # Several evaluations may share a reference, so each first writes its own file.
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
         save_file({"features": features.contiguous()}, temporary, {"key": key})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        print(f"{path}: cannot write there, so the features are not kept ({error})")
+        print(f"{path}: cannot write here, so the features are not cached ({error})")
 
 
 def compute_features(network, name, folder, rows, device, batch_size):
@@ -523,7 +523,7 @@ def compute_features(network, name, folder, rows, device, batch_size):
             parts.append(network(images.to(device), prompts).float().cpu())
             progress.update(len(images))
     features = torch.cat(parts)
-    # Only the oracle uses NaN: it abstains.
+    # Only the oracle may return NaN, when it abstains.
     if name != "toy_correct" and not features.isfinite().all():
         sys.exit(f"{name}: its values for {folder} are not finite. Are its weights broken?")
     return features
@@ -534,7 +534,7 @@ def features_of(folders, names, sources, device, batch_size):
     """{folder: rows} and the names of networks -> {(folder, name): values (N, ...)}."""
     table = {}
     for name in names:
-        # A network is loaded when the first folder needs it. One at a time is in memory.
+        # Load a network when the first folder needs it. Only one is in memory at a time.
         network = None
         for folder, rows in folders.items():
             key = fingerprint(name, sources[name], device, folder, rows)
@@ -556,7 +556,7 @@ def features_of(folders, names, sources, device, batch_size):
 def summarize_prompts(per_prompt):
     """{prompt id: value} -> dict(mean, low, high, prompts, per_prompt).
 
-    Without prompts the mean is None. With fewer than two, there is no interval.
+    Without prompts, the mean is None. With fewer than two, there is no interval.
     """
     mean = low = high = None
     if per_prompt:
@@ -567,7 +567,7 @@ def summarize_prompts(per_prompt):
 
 
 def summarize_distance(name, features, reference, num_prompts):
-    """Features (N, D) of a folder and (M, D) of the reference -> a summary without interval."""
+    """Features (N, D) of a folder and (M, D) of the reference -> a summary without an interval."""
     num_images = min(len(features), len(reference))
     if num_images < 2:
         sys.exit(f"--metrics {name}: one image has no covariance; there must be two or more")
@@ -576,7 +576,7 @@ def summarize_distance(name, features, reference, num_prompts):
     else:
         cov_dist, log_cov_dist = covariance_distances(features, reference)
         distance = log_cov_dist if name == "log_cov_dist" else cov_dist
-    # With fewer images than dimensions a covariance is not of full rank, and means little.
+    # With fewer images than dimensions, a covariance does not have full rank and means little.
     full_rank = num_images > features.shape[1]
     return dict(
         mean=distance, low=None, high=None, prompts=num_prompts, per_prompt={}, full_rank=full_rank
@@ -614,7 +614,7 @@ def difference(own, baseline):
 
 @torch.no_grad()
 def drift(first, other, dino, device, batch_size):
-    """Two pairs (folder, rows) whose images pair -> dict(psnr, dino) of summaries.
+    """Two (folder, rows) whose images correspond -> dict(psnr, dino) of summaries.
 
     psnr = -10 log10(mean squared error), at most 100 dB;  dino = 1 - cos of the features.
     """
@@ -624,7 +624,7 @@ def drift(first, other, dino, device, batch_size):
     for (a, rows_in_batch), (b, _) in batches:
         if a.shape != b.shape:
             name = rows_in_batch[0]["file_name"]
-            raise OSError(f"--metrics drift: from {name} on, the sizes of {other[0]} are others")
+            raise OSError(f"--metrics drift: from {name} on, {other[0]} has other image sizes")
         mse = (a - b).double().square().mean((1, 2, 3))
         psnr.append(-10 * mse.clamp(min=1e-10).log10())
         cosine = (dino(a.to(device)) * dino(b.to(device))).sum(-1)
@@ -643,7 +643,7 @@ def measure(folders, metrics, sources, device, reference=None, batch_size=32):
     sources: {network: its weights}
     reference: the same as folders, with one entry, for DISTANCES
 
-    Returns four dicts by folder: folders {metric: summary}, differences {metric: summary} to the
+    Returns four dicts by folder: folders {metric: summary}, differences {metric: summary} from the
     first folder, not_paired (why there are none), and drift {"psnr", "dino": summary}.
     """
     first = next(iter(folders))
@@ -667,7 +667,7 @@ def measure(folders, metrics, sources, device, reference=None, batch_size=32):
         table = features_of(reference, networks, sources, device, batch_size)
         of_reference = {name: table[reference_folder, name] for name in networks}
 
-    # Compute the metrics from these values, and the differences to the first folder.
+    # Compute the metrics from these values, and the differences from the first folder.
     for folder, rows in folders.items():
         own = {}
         for name in names:
@@ -698,7 +698,7 @@ def read_run(run):
     """A run folder -> its config, and {step: folder of the snapshot}, sorted."""
     path = run / "config.json"
     if not path.is_file():
-        sys.exit(f"--over_steps {run}: no run folder, because it has no config.json")
+        sys.exit(f"--over_steps {run}: not a run folder, because it has no config.json")
     config = json.loads(path.read_text())
     if "sampler" not in config:
         sys.exit(f"--over_steps {run}: its config.json names no sampler, so we cannot sample it")
@@ -706,12 +706,12 @@ def read_run(run):
     for folder in (run / ("lora" if config["lora_rank"] else "model")).glob("step_*"):
         snapshots[int(folder.name.removeprefix("step_"))] = folder
     if not snapshots:
-        sys.exit(f"--over_steps {run}: no snapshots; the training makes them every --save_every")
+        sys.exit(f"--over_steps {run}: no snapshots; training saves one every --save_every updates")
     return config, dict(sorted(snapshots.items()))
 
 
 def load_snapshot(model, folder, lora_rank):
-    """Puts the weights of a snapshot into the model, in place of the last one's."""
+    """Loads the weights of a snapshot into the model, replacing those of the last one."""
     if lora_rank:
         load_lora(model, folder)
         return
@@ -722,7 +722,7 @@ def load_snapshot(model, folder, lora_rank):
 
 
 def sample_folder(model, prompts, sampler, num_images, out, settings):
-    """Samples a folder of images, all of it or nothing. settings.json says how."""
+    """Samples a folder of images, all or nothing. settings.json records how."""
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -746,8 +746,8 @@ def sample_folder(model, prompts, sampler, num_images, out, settings):
 def sample_snapshots(run, prompts_file, num_images, device):
     """Samples the base model (step 0) and every snapshot of a run -> {folder of images: step}.
 
-    All have the same prompts and noise, and the sampler of the run's config.json. The images go to
-    RUN/over_steps/step_000060 and so on. What is there already is not sampled again.
+    All use the same prompts and noise, and the sampler from the run's config.json. The images go to
+    RUN/over_steps/step_000060 and so on. Existing images are not sampled again.
     """
     run = Path(run)
     config, snapshots = read_run(run)
@@ -818,22 +818,22 @@ def print_table(title, summaries, folders):
 
 
 def print_notes(folder, own):
-    """What a reader must know about the metrics of one folder."""
+    """Prints what a reader must know about one folder's metrics."""
     if "dino_div" in own and own["dino_div"]["left_out"]:
         left_out = own["dino_div"]["left_out"]
         total = left_out + own["dino_div"]["prompts"]
         print(f"{folder}: dino_div leaves out {left_out} of {total} prompts with only one image")
     if "toy_correct" in own:
         abstained = own["toy_correct"]["abstained"]
-        print(f"{folder}: the oracle abstained on {abstained:.1%} of the images (not correct)")
+        print(f"{folder}: the oracle abstained on {abstained:.1%} of the images (counted as wrong)")
     too_few = [name for name, summary in own.items() if not summary.get("full_rank", True)]
     if too_few:
-        reason = "there are no more of them than the features have dimensions"
+        reason = "we need more images than the features have dimensions"
         print(f"{folder}: too few images for {', '.join(too_few)}: {reason}")
 
 
 def report(results, folders, shown):
-    """Prints the tables, then what a reader must know. shown: {"dino", "detector": its source}."""
+    """Prints the tables and then notes. shown: {"dino", "detector": its source}."""
     first = next(iter(folders))
     has_metrics = len(results["folders"][first]) > 0
     if has_metrics:
@@ -845,7 +845,7 @@ def report(results, folders, shown):
     for folder, own in results["folders"].items():
         if folder in results["not_paired"] and len(folders) > 1:
             reason = results["not_paired"][folder]
-            print(f"{folder}: no paired differences to {first}: {reason}")
+            print(f"{folder}: no paired differences from {first}: {reason}")
         print_notes(folder, own)
     for name, source in shown.items():
         if source:
@@ -895,8 +895,8 @@ def draw_panel(axis, summaries, metric, x_metric, steps):
 def plot(results, path, steps=None):
     """Writes a PNG with one panel per metric, and intervals as bars.
 
-    Quality and artifacts stand against the first metric of diversity or distance, one point per
-    folder. With steps, {folder: step}, every metric stands against the steps.
+    Quality and artifacts are plotted against the first metric of diversity or distance, one point
+    per folder. With steps, {folder: step}, every metric is plotted against the steps.
     """
     import matplotlib
 
@@ -924,7 +924,7 @@ def plot(results, path, steps=None):
 
 
 def check_captions(folders):
-    """Exits if toy_correct could not read a caption."""
+    """Exits if toy_correct cannot read a caption."""
     for folder, rows in folders.items():
         for row in rows:
             try:
@@ -951,7 +951,7 @@ def choose_networks(args, folders):
     if args.detector is None and is_toy:
         args.detector = "toy"
     if "detector" in networks and args.detector is None:
-        sys.exit("--detector is needed: toy/detector knows only the images of the toy world")
+        sys.exit("--detector is required: toy/detector knows only the toy world's images")
     if "frechet_toy" in args.metrics and args.dino != "toy":
         sys.exit("--metrics frechet_toy is defined by toy/dino: pass --dino toy")
     sources = {NETWORK[name]: path for name, path in args.metrics.items()}

@@ -1,15 +1,15 @@
 """Focus-N-Fix: fix what is wrong with an image and leave the rest alone (arXiv 2501.06481).
 
-Xing et al. 2025. It is DRaFT with a regional penalty: we raise the reward of the whole image, and
-hold the tuned image to the base model's image wherever that one had no problem.
+Xing et al. 2025. This is DRaFT with a regional penalty: we raise the reward of the whole image, and
+hold it to the base model's image wherever that image had no problem.
 
-  I0      = decode(sample(x_T, steps 0 .. T-1))      the base model's image, without gradient
+  I0      = decode(sample(x_T, steps 0 .. T-1))      the base model's image, without gradients
   M       = problem_mask(heat map of I0)             1 where I0 has a problem, else 0
   latents = sample(x_T, steps 0 .. T-K-1)            the tuned model, from the same x_T and prompt
-  I       = draft(latents)                           its last K = --grad_steps, with gradient
+  I       = draft(latents)                           its last K = --grad_steps steps, with gradients
   change  = ||(1 - M) (I - I0)||_F / sqrt(n)         per image; n values lie outside the region
-  penalty = sqrt(change^2 + LEVEL^2) - LEVEL         so a change that nobody can see is free
-  loss    = -(r' - beta * penalty)                   r' is r of all of I, mapped to about [0, 1]
+  penalty = sqrt(change^2 + LEVEL^2) - LEVEL         so an invisible change costs nothing
+  loss    = -(r' - beta * penalty)                   r' is r of the whole I, mapped to about [0, 1]
 
 All sampling is DDIM with eta 0. --beta 0 is DRaFT-K (Clark et al. 2024), the paper's baseline.
 
@@ -18,17 +18,17 @@ All sampling is DDIM with eta 0. --beta 0 is DRaFT-K (Clark et al. 2024), the pa
   --reward artifact    r = -(the mean confidence of --detector)
   --concept BAD GOOD   r = cos(image, GOOD) - cos(image, BAD), with the CLIP of --reward
 
-The authors released no code, and we had only the abstract and summaries by others. The paper's are
-K = 2, the LoRA's rank of 64 and the regional term. What is ours:
+The authors released no code, and we had only the abstract and other people's summaries. K = 2, the
+LoRA rank of 64 and the regional term are the paper's. These choices are ours:
 1. We divide the norm by sqrt(n), so that beta means the same at every resolution and mask size.
    A norm's gradient has unit length however small the norm is. At the start I - I0 is rounding
    noise, which the first updates would follow, so changes well below one 8-bit level do not count.
-   --raw_norm is the paper's norm, without either.
-2. Where nothing is wrong the mask is empty, and the whole image is held. Such a pair still trains;
-   the log counts them as "empty". Where everything is wrong there is nothing to hold.
+   --raw_norm is the paper's norm, without either change.
+2. If nothing is wrong, the mask is empty and the whole image is held. Such pairs still train, and
+   the log counts them as "empty". If everything is wrong, there is nothing to hold.
 3. Pairs (prompt, x_T) come in turn from a finite --pool. We make their I0 and M once, before
    training, and keep them in memory: about 3 MiB per pair at 512 pixels. --pool 0 draws new pairs
-   for every update, and samples twice.
+   for every update, so it samples twice.
 4. The paper's rewards and maps are private. A detector, a CLIP and --concept stand in for them.
 
   $ python focus_n_fix.py                               # the toy world: minutes on two CPU cores
@@ -57,8 +57,8 @@ from rewards import split_reward
 from run_folder import Run, check_out, chosen_model, generate, held_out, print_settings
 from run_folder import readable_errors, run_name, save_grid, settings_for, settings_parser
 
-NAME = "focus_n_fix"  # of the run folder and the progress bar; rename it in a fork
-PAPER = {  # second-hand; SD 1.4 is its main model, and SDXL its other one
+NAME = "focus_n_fix"  # names the run folder and the progress bar; change it in a fork
+PAPER = {  # second-hand. Its main model is SD 1.4, and SDXL is the other
     "sd14": dict(grad_steps=2, lora_rank=64),
     "sdxl": dict(grad_steps=2, lora_rank=64),
 }
@@ -66,7 +66,7 @@ SD = dict(
     PAPER["sd14"], train_steps=1000, batch_size=4, micro_batch=2, resolution=512, lr=2e-4,
     num_inference_steps=50, guidance_scale=7.5, beta=0.5, dilate=20, pool=256,
 )
-OURS = {  # ours, but for the paper's two values
+OURS = {  # ours, except for the paper's two values
     "sd14": SD,
     "sd15": SD,
     "sd21": SD,
@@ -81,7 +81,7 @@ OURS = {  # ours, but for the paper's two values
     ),
 }
 THRESHOLD = dict(heatmap=0.2, saliency=0.5)
-ARTIFACT = RewardRange(-1.0, 0.0)  # minus a mean confidence
+ARTIFACT = RewardRange(-1.0, 0.0)  # the negative of a mean confidence
 LEVEL = 1 / 255  # one step of an 8-bit picture
 SHOWN = 8  # held-out images in the pictures I0 | M | I | difference
 
@@ -90,28 +90,28 @@ def parse_args(argv=None):
     parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"artifact, {', '.join(REWARDS)}; by default artifact, or a clip")
+    add("--reward", help=f"artifact, {', '.join(REWARDS)}; default: artifact, or a CLIP")
     add("--concept", nargs=2, metavar=("BAD", "GOOD"), help="an unwanted text and a neutral one")
-    add("--region", choices=tuple(THRESHOLD), help="by default heatmap; saliency with --concept")
+    add("--region", choices=tuple(THRESHOLD), help="by default heatmap, or saliency with --concept")
     add("--detector", help="artifact detector: a folder, a hub id or a file of weights")
-    add("--threshold", type=float, help="a problem is above it; 0.2 for heatmap, else 0.5")
+    add("--threshold", type=float, help="problems are above it; 0.2 for heatmap, 0.5 for saliency")
     add("--dilate", type=int, help="pixels by which the region grows on every side")
     add("--beta", type=float, help="weight of the change outside the region; 0 is DRaFT")
-    add("--raw_norm", action="store_true", help="the paper's norm: choose --beta anew")
+    add("--raw_norm", action="store_true", help="use the paper's norm, which needs another --beta")
     add("--pool", type=int, help="pairs of prompt and noise; 0 draws new ones for every update")
     add("--prompts", help="text file, one prompt per line")
-    add("--test_prompts", help="held-out prompts; without it we hold out the last of --prompts")
+    add("--test_prompts", help="held-out prompts; by default the last 100 of --prompts; we use 16")
     add("--train_steps", type=int, help="optimizer updates")
     add("--batch_size", type=int, help="images per update")
-    add("--micro_batch", type=int, help="images per gradient pass, to save memory")
+    add("--micro_batch", type=int, help="images per gradient pass; lower to save memory")
     add("--resolution", type=int, help="pixels")
-    add("--num_inference_steps", type=int, help="sampling steps, in training and after")
-    add("--guidance_scale", type=float, help="in training and after; 1 is without guidance")
-    add("--grad_steps", type=int, help="K, the last steps, which carry the gradient")
+    add("--num_inference_steps", type=int, help="sampling steps, during and after training")
+    add("--guidance_scale", type=float, help="guidance scale, during and after training; 1 is none")
+    add("--grad_steps", type=int, help="how many final sampling steps carry the gradient (K)")
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank), at least 1")
     add("--init_lora", help="start from this LoRA")
-    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
+    add("--checkpointing", action="store_true", help="save memory; costs a second forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, default=60, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
@@ -140,17 +140,17 @@ def parse_args(argv=None):
     if needs_clip and args.reward.partition(":")[0] in ("artifact", "imagereward"):
         parser.error(f"--concept and --region saliency need a CLIP, unlike --reward {args.reward}")
     if needs_detector and args.detector is None:
-        parser.error("--detector is needed; or pass --concept BAD GOOD, which needs none")
+        parser.error("--detector is required, unless you pass --concept BAD GOOD")
     if args.detector is not None and not needs_detector:
-        parser.error("--detector has no use with --region saliency and this reward")
+        parser.error("--detector is not used with --region saliency and this reward")
     if args.prompts is None:
-        parser.error(f"--prompts FILE is needed with --model {args.model}")
+        parser.error(f"--prompts FILE is required with --model {args.model}")
     if args.lora_rank < 1:
         parser.error("--lora_rank must be 1 or more: I0 comes from the model with its LoRA off")
     if not 1 <= args.grad_steps <= args.num_inference_steps:
         parser.error("we need 1 <= grad_steps <= num_inference_steps")
     if not 0 <= args.threshold < 1:
-        parser.error("--threshold must be in [0, 1), like the maps that it cuts")
+        parser.error("--threshold must be in [0, 1), like the maps that it applies to")
     args.out = args.out or run_name(NAME, args)
     check_out(args)
     return args
@@ -165,26 +165,26 @@ def focus_loss(images, base, mask, r, beta, raw=False):
 
     images  I, what the tuned model makes: (B, 3, H, W) in [0, 1]
     base    I0, what the base model makes of the same prompt and x_T: (B, 3, H, W) in [0, 1]
-    mask    M, 1 where I0 has a problem and the image may change, else 0: (B, 1, H, W)
-    r       r', the reward of all of I, mapped to about [0, 1]: (B,)
-    beta    the weight of a change outside the region, against r'
-    raw     the paper's own penalty, the plain norm
+    mask    M, 1 where I0 has a problem, so that the image may change, else 0: (B, 1, H, W)
+    r       r', the reward of the whole I, mapped to about [0, 1]: (B,)
+    beta    the weight of a change outside the region, relative to r'
+    raw     use the paper's own penalty, the plain norm
     """
     penalty = change(images, base, 1 - mask, raw)
     if not raw:
-        # For large changes hypot is the change itself, but at 0 it is flat. LEVEL is where it
-        # bends: one step of an 8-bit picture.
+        # For large changes this is close to the change itself, but at 0 it is flat. It bends at
+        # LEVEL, which is one step of an 8-bit picture.
         penalty = torch.hypot(penalty, torch.full_like(penalty, LEVEL)) - LEVEL
     return (beta * penalty - r).mean()
 
 
 def change(images, base, where, raw=False):
-    """||where (I - I0)||_F per image (B,), divided by the root of its number of values unless raw.
+    """||where (I - I0)||_F per image (B,), divided by the root of the number of values unless raw.
 
     where: (B, 1, H, W), 1 at the pixels that count and 0 at the others.
     """
     difference = where * (images - base)
-    # At I = I0, where training starts, vector_norm has gradient 0. A root of a sum has NaN there.
+    # At I = I0, where training starts, vector_norm's gradient is 0. That of sum().sqrt() is NaN.
     norm = torch.linalg.vector_norm(difference.flatten(1), dim=1)
     if raw:
         return norm
@@ -220,13 +220,13 @@ def grad_cam(layer, score, images):
 
     with layer.register_forward_hook(keep_output), torch.enable_grad():
         (gradient,) = torch.autograd.grad(score(images).sum(), kept)
-    # The first token is the class token, which has no place in the image.
+    # The first token is the class token, which has no position in the image.
     activation = kept[0].detach()[:, 1:].float()
     weight = gradient[:, 1:].float().mean(1, keepdim=True)
     cam = torch.relu((weight * activation).sum(-1))  # (B, g * g)
     grid = round(cam.shape[1] ** 0.5)
     cam = F.interpolate(cam.view(-1, 1, grid, grid), images.shape[2:], mode="bilinear")
-    # A map that is 0 everywhere stays so.
+    # A map that is 0 everywhere stays that way.
     maximum = cam.amax((1, 2, 3), keepdim=True)
     return cam / maximum.clamp(min=torch.finfo(cam.dtype).tiny)
 
@@ -242,7 +242,7 @@ def last_norm(clip):
 class Region:
     """Where images have a problem: region(images, prompts) -> M (B, 1, H, W).
 
-    With a detector it is the detector's confidence map, else the saliency of -reward.
+    We look at the detector's confidence map if there is one, else at the saliency of -reward.
     """
 
     threshold: float
@@ -260,7 +260,7 @@ class Region:
         return problem_mask(heat, self.threshold, self.dilate)
 
     def saliency(self, images, prompts):
-        """Grad-CAM of -r: it is high where the image has what lowers r."""
+        """Grad-CAM of -r, which is high in the places that lower r."""
 
         def negative_reward(images):
             return -self.reward(images, prompts)
@@ -278,12 +278,12 @@ def artifact_reward(detector):
 
 
 def concept_reward(clip, bad, good):
-    """A CLIP and two texts -> the reward cos(image, good) - cos(image, bad), without the prompt."""
+    """A CLIP and two texts -> the reward cos(image, good) - cos(image, bad), for any prompt."""
     # Both cosines are products with the image, so their difference is one product with this.
     difference = clip.text(good) - clip.text(bad)
     if not difference.any():
         sys.exit(f"--concept {bad!r} {good!r}: this CLIP cannot tell the two texts apart")
-    # The CLIP looks up the features of a text by its name: we file ours under the pair.
+    # The CLIP caches text features by prompt, so we store ours under the pair of texts.
     clip.texts[bad, good] = difference
 
     def reward(images, prompts):
@@ -293,14 +293,14 @@ def concept_reward(clip, bad, good):
 
 
 # --------------------------------------------------------------------------------------------------
-# DRaFT, and the pairs that it is held to
+# DRaFT, and the pairs that it trains on
 
 
 def draft(model, scheduler, latents, cond, guidance_scale, uncond, grad_steps):
-    """DRaFT-K: the last K DDIM steps with gradient, latents (B, C, h, w) -> images (B, 3, H, W).
+    """DRaFT-K: the last K DDIM steps with gradients, latents (B, C, h, w) -> images (B, 3, H, W).
 
     Also returns the K noise predictions. They keep their gradients, so that the log can show how
-    much each step learns: the last one, at t = 1, hardly moves the image of an epsilon model.
+    much each step learns. With an epsilon model, the last step, at t = 1, hardly moves the image.
     """
     noise_preds = []
     for t in scheduler.timesteps[-grad_steps:]:
@@ -330,7 +330,7 @@ def base_and_mask(model, scheduler, guidance_scale, region, micro_batch, noise, 
 class Pool:
     """The pairs (prompt, x_T) of a run, with I0 and M of each. They depend on (seed, pair) alone.
 
-    make_base: (noise, prompts) -> I0, M. size: pair k comes again as pair k + size; 0 means never.
+    make_base: (noise, prompts) -> I0, M. size: pair k + size repeats pair k; 0 means no repeats.
     """
 
     def __init__(self, model, prompts, seed, size, make_base):
@@ -343,7 +343,7 @@ class Pool:
         self.mask = []  # M of each pair, on the CPU
 
     def fill(self, num_pairs, batch_size):
-        """Makes I0 and M of the first pairs. It is needed once, before the first batch."""
+        """Makes I0 and M for the first pairs. Call it once, before the first batch."""
         for first in tqdm(range(0, num_pairs, batch_size), desc="I0 and M of the pool"):
             pairs = range(first, min(first + batch_size, num_pairs))
             base, mask = self.make_base(self.draw_noise(pairs), self.draw_prompts(pairs))
@@ -386,7 +386,7 @@ def read_both_prompts(args):
     if args.test_prompts:
         return train_prompts, read_prompts(args.test_prompts)[:16]
     if len(train_prompts) <= 100:
-        sys.exit("--test_prompts FILE is needed: --prompts has too few to hold out its last 100")
+        sys.exit("--test_prompts FILE is required: --prompts has too few to hold out its last 100")
     return train_prompts[:-100], train_prompts[-100:][:16]
 
 
@@ -402,7 +402,7 @@ def load_judges(args, device):
         clip = reward
     if args.concept:
         reward = concept_reward(clip, *args.concept)
-        # A difference of two scores lies around 0.
+        # A difference of two scores is centered at about 0.
         reward_range = dataclasses.replace(reward_range, low=-reward_range.high, shift=0.0)
     if args.region == "heatmap":
         region = Region(args.threshold, args.dilate, detector)
@@ -412,7 +412,7 @@ def load_judges(args, device):
 
 
 def compare(run, model, prompts, base, mask, step):
-    """Draws held-out images beside the base model's -> their change outside and inside the region.
+    """Samples held-out images -> their change from the base's, outside and inside the region.
 
     samples/region_*.png holds I0 | M | I | 3 |I - I0|, one row per prompt.
     """
@@ -444,7 +444,7 @@ def main(args):
         model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora
     )
     num_params = sum(p.numel() for p in params)
-    # The optimizer's settings are ours: the paper's are not known to us.
+    # The optimizer's settings are ours, because we do not know the paper's.
     optimizer = torch.optim.AdamW(
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.1, fused=True
     )
@@ -469,7 +469,7 @@ def main(args):
         print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
         compare(run, model, shown, test_base, test_mask, step=0)
 
-    # Make I0 and M of the pool once. A short run does not need all of it.
+    # Make I0 and M for the pool once. A short run does not need all of it.
     pool = Pool(model, train_prompts, args.seed, args.pool, make_base)
     if args.pool:
         pool.fill(min(args.pool, args.train_steps * args.batch_size), args.batch_size)
@@ -477,7 +477,7 @@ def main(args):
         num_empty = (areas == 0).sum()
         num_full = (areas == 1).sum()
         print(f"{len(areas)} pairs: the region is {areas.mean():.1%} of I0")
-        print(f"  nothing is wrong in {num_empty} of them, everything in {num_full}")
+        print(f"  nothing is wrong in {num_empty} of them, and everything in {num_full}")
 
     prefix = args.num_inference_steps - args.grad_steps
     last_timesteps = scheduler.timesteps[prefix:].tolist()
@@ -492,7 +492,7 @@ def main(args):
         prompts, noise, base, mask = pool.batch(first, args.batch_size)
 
         # Denoise the same noise with the tuned model up to its last K steps, the whole batch at
-        # once and without gradient.
+        # once and without gradients.
         cond = condition(model, prompts)
         uncond = condition(model, [None] * len(prompts))
         with merged(model):
@@ -500,8 +500,8 @@ def main(args):
                 model, scheduler, noise, cond, 0, prefix, None, args.guidance_scale, uncond
             )
 
-        # Take the last steps with gradient, raise the reward and hold the rest of the image, a
-        # micro-batch at a time. Each micro-batch's mean counts by its share of the batch.
+        # Take the last steps with gradients, raise the reward and hold the rest of the image, one
+        # micro-batch at a time. Weight each micro-batch's mean by its share of the batch.
         total_loss = 0.0
         rewards = []
         outside = []
@@ -529,7 +529,8 @@ def main(args):
             for t, noise_pred in zip(last_timesteps, noise_preds):
                 squared_grads[t] += noise_pred.grad.square().sum()
 
-        # Update the weights, clipped at norm 1. A gradient with NaN or Inf never reaches them.
+        # Update the weights, with the gradient's norm clipped to 1. A gradient with NaN or Inf
+        # never reaches them.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         is_finite = math.isfinite(grad_norm)
         if is_finite:

@@ -1,7 +1,7 @@
 """ImageReFL: ReFL that starts from real images (Sorokin et al. 2025, arXiv 2505.22569).
 
-We noise a real image to t', denoise it without gradient to a random late step, and predict the
-clean image from there in one step with gradient, to raise its reward. The layout comes from the
+We noise a real image to t', denoise it without gradients up to a random late step, and from there
+predict the clean image in one step with gradients, to raise its reward. The layout comes from the
 real image, so the reward cannot make layouts less diverse.
 
   x_t'    = add_noise(encode(image), noise, t')           t' is the timestep of step `start`
@@ -12,20 +12,21 @@ real image, so the reward cannot make layouts less diverse.
   mse     = mean((denoise(x_t', t') - target)^2)          the diffusion loss on that image, Eq. 5
   loss    = -reward_scale * r' + diffusion_weight * mse   section 4; r' = (r - shift) / scale
 
-Every refl_every-th update is a classic ReFL step: from x_T, steps 0 .. mid - 1, without mse.
+Every refl_every-th update is a classic ReFL step: it takes steps 0 .. mid - 1 from x_T, and has no
+mse term.
 
 Differences from the paper's code:
-1. If mid == start, there is nothing to denoise. The release takes a step anyway, so its model sees
-   latents of the wrong noise level.
-2. Every fourth update is a ReFL step, as in the paper. The release counts micro-batches, and its
-   published configuration leaves ReFL steps out.
-3. We draw mid once per update, set Adam's eps to 1e-15, and take one optimizer step per update: see
-   refl.py, differences 1 to 3.
-4. We resize and crop images. The release squeezes them to a square.
+1. If mid == start, there is nothing to denoise. The released code takes a step anyway, so its
+   model sees latents at the wrong noise level.
+2. Every fourth update is a ReFL step, as in the paper. The released code counts micro-batches, and
+   its published configuration has no ReFL steps.
+3. We draw mid once per update, set Adam's eps to 1e-15, and take one optimizer step per update. See
+   differences 1 to 3 in refl.py.
+4. We resize and crop images. The released code squashes them into a square.
 5. We train a LoRA by default; --lora_rank 0 fine-tunes the whole denoiser, as the paper does.
-The tuned model is meant for the last steps, after the base model: combined_sample.py --mode
-combined. The held-out reward and the samples show the tuned model alone, in all steps. The paper
-has no FLUX, and neither has this script.
+The tuned model is meant to take over from the base model for the last steps: see
+combined_sample.py --mode combined. The held-out reward and the samples come from the tuned model
+alone, in all steps. The paper does not cover FLUX, and neither does this script.
 
   $ python imagerefl.py                                   # the toy world: minutes on two CPU cores
   $ python imagerefl.py --model sdxl --reward hps         # one CUDA GPU; COCO's images and captions
@@ -49,8 +50,8 @@ from rewards import REWARDS, load_reward, split_reward
 from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
 from run_folder import run_name, settings_for, settings_parser
 
-NAME = "imagerefl"  # of the run folder and the progress bar; rename it in a fork
-# Section 5; start and mid are from its code, where ImageReFL runs 40 "epochs" of 100 updates.
+NAME = "imagerefl"  # names the run folder and the progress bar; change it in a fork
+# From section 5; start and mid are from the code, where ImageReFL runs 40 "epochs" of 100 updates.
 # lora_rank 0, which is full fine-tuning, and its learning rate are the paper's.
 PAPER = {
     "sd15": dict(
@@ -64,7 +65,7 @@ PAPER = {
         diffusion_weight=1e-5, refl_every=4,
     ),
 }
-# What we change, and the models that the paper does not have.
+# What we change, and the models that the paper does not cover.
 OURS = {
     "sd14": {**PAPER["sd15"], "lora_rank": 32},
     "sd15": {**PAPER["sd15"], "lora_rank": 32},
@@ -74,8 +75,7 @@ OURS = {
         train_steps=240, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
         num_inference_steps=20, start=12, first_mid=12, last_mid=19, reward_scale=1e-3,
         diffusion_weight=1e-5, refl_every=4,
-        reward="toy_pref", data=f"{TOY}/images", prompts=f"{TOY}/prompts_train.txt",
-        test_prompts=f"{TOY}/prompts_test.txt",
+        reward="toy_pref", data=f"{TOY}/images", test_prompts=f"{TOY}/prompts_test.txt",
     ),
 }
 
@@ -84,26 +84,26 @@ def parse_args(argv=None):
     parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH has its weights in PATH; no default"
-        " except for toy models")
-    add("--data", help="folder of images with metadata.jsonl; without it COCO, fetched as needed")
-    add("--prompts", help="prompts of the ReFL steps, one per line; without it --data's captions")
-    add("--test_prompts", help="held-out prompts, the first 16; without it COCO's captions")
+    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH loads the weights from PATH; required"
+        " except with toy models")
+    add("--data", help="image folder with metadata.jsonl; without it, COCO, fetched as needed")
+    add("--prompts", help="prompts for the ReFL steps, one per line; without it, --data's captions")
+    add("--test_prompts", help="held-out prompts; we use the first 16; without it, COCO's captions")
     add("--train_steps", type=int, help="optimizer updates")
     add("--batch_size", type=int, help="images per update")
-    add("--micro_batch", type=int, default=8, help="images per gradient pass, to save memory")
+    add("--micro_batch", type=int, default=8, help="images per gradient pass; lower to save memory")
     add("--resolution", type=int, help="pixels")
-    add("--num_inference_steps", type=int, help="sampling steps, in training and after")
-    add("--start", type=int, help="real images are noised to the timestep of this step: t'")
+    add("--num_inference_steps", type=int, help="sampling steps, during and after training")
+    add("--start", type=int, help="real images are noised to t', the timestep of this step")
     add("--first_mid", type=int, help="earliest step that may carry the gradient")
     add("--last_mid", type=int, help="latest step that may carry the gradient, inclusive")
     add("--reward_scale", type=float, help="weight of the reward in the loss")
     add("--diffusion_weight", type=float, help="weight of the diffusion loss; 0 leaves it out")
-    add("--refl_every", type=int, help="how often an update is a classic ReFL step; 0 is never")
+    add("--refl_every", type=int, help="every Nth update is a classic ReFL step; 0 means never")
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA")
-    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
+    add("--checkpointing", action="store_true", help="save memory; costs a second forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, default=60, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
@@ -114,6 +114,9 @@ def parse_args(argv=None):
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
 
+    # The toy world has more training prompts than its images have captions.
+    if args.prompts is None and args.data == f"{TOY}/images":
+        args.prompts = f"{TOY}/prompts_train.txt"
     split_reward(args.reward)
     if not 0 <= args.start <= args.first_mid <= args.last_mid < args.num_inference_steps:
         parser.error("0 <= start <= first_mid <= last_mid < num_inference_steps must hold")
@@ -127,12 +130,12 @@ def parse_args(argv=None):
 
 
 def linear_loss(r, shift, scale, reward_scale):
-    """-reward_scale * r', r' = (r - shift) / scale. Its gradient does not fade as r (B,) grows."""
+    """-reward_scale * r', r' = (r - shift) / scale. The gradient does not fade as r (B,) grows."""
     return -reward_scale * ((r - shift) / scale).mean()
 
 
 def diffusion_loss(noise_pred, target):
-    """Eq. 5, as a mean: (B, C, h, w) each, target is the noise or v that was mixed in at t'."""
+    """Eq. 5, as a mean over (B, C, h, w). The target is the noise, or v, of the latents at t'."""
     return F.mse_loss(noise_pred, target)
 
 
@@ -147,7 +150,7 @@ def refl_step(model, scheduler, latents, t, cond, reward, prompts):
 
 
 def is_refl_update(step, refl_every):
-    """Section 4: one classic ReFL step follows after every three updates from real images."""
+    """Section 4: with refl_every 4, one classic ReFL step follows three updates on real images."""
     return refl_every > 0 and step % refl_every == 0
 
 
@@ -170,12 +173,12 @@ def main(args):
         model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora
     )
     num_params = sum(p.numel() for p in params)
-    # See difference 2 of refl.py for this eps.
+    # See difference 2 in refl.py for why eps is so small.
     optimizer = torch.optim.AdamW(
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-2, fused=True
     )
 
-    # How images are sampled, in training and afterwards. config.json keeps it for other scripts.
+    # How images are sampled during and after training. config.json keeps this for other scripts.
     sampler = dict(scheduler="ddpm", eta=1.0)
     sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=1.0)
     scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
@@ -189,7 +192,7 @@ def main(args):
         print(f"held-out {args.reward} before: {before:.4f}")
         print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
 
-    # The images of all updates to come are drawn now, so that the data loader can read ahead.
+    # Draw the images for all remaining updates now, so that the data loader can read ahead.
     steps = range(run.start + 1, args.train_steps + 1)
     picks_of_images = []
     for step in steps:
@@ -215,7 +218,7 @@ def main(args):
         noise = initial_latents(model, noise_generators)
         from_images = not is_refl_update(step, args.refl_every)
         if from_images:
-            # Noise real images to t'. Their captions take the place of the drawn prompts.
+            # Noise real images to t'. Their captions replace the drawn prompts.
             images, prompts = next(batches)
             image_latents = encode(model, images, args.micro_batch)
             noisy_latents = add_noise(scheduler, image_latents, noise, t_start)
@@ -227,14 +230,14 @@ def main(args):
             start = noise
             start_step = 0
 
-        # Denoise up to step mid, the whole batch at once and without gradient. Each image's
-        # generator also gives its step noise. Folding the LoRA in saves time meanwhile.
+        # Denoise up to step mid, the whole batch at once and without gradients. Each image's
+        # generator also supplies its step noise. Folding in the LoRA makes this faster.
         cond = condition(model, prompts)
         with merged(model):
             latents = sample(model, scheduler, start, cond, start_step, mid, noise_generators)
 
-        # Predict the clean images from there and raise their reward, a micro-batch at a time.
-        # Each micro-batch's mean counts by its share of the batch.
+        # Predict the clean images from there and raise their reward, one micro-batch at a time.
+        # Weight each micro-batch's mean by its share of the batch.
         total_loss = 0.0
         rewards = []
         weighted_mses = []
@@ -248,7 +251,7 @@ def main(args):
             total_loss += loss.detach()
             rewards.append(r.detach())
 
-            # The diffusion loss has a backward pass of its own: one graph in memory at a time.
+            # The diffusion loss gets its own backward pass, so memory holds one graph at a time.
             if from_images and args.diffusion_weight:
                 noise_pred = denoise(model, noisy_latents[part], t_start, cond)
                 mse = diffusion_loss(noise_pred, target[part])

@@ -1,30 +1,30 @@
 """ReFL: reward feedback learning (Xu et al. 2023, arXiv 2304.05977), set up as in ImageReFL.
 
-We denoise without gradient to a random late step, and predict the clean image from there in one
-step with gradient. Decoder and reward are differentiable, so the denoiser can learn to raise the
-reward of that image.
+We denoise without gradients up to a random late step, and from there predict the clean image in one
+step with gradients. The decoder and the reward are differentiable, so the denoiser can learn to
+raise the reward of that image.
 
-  mid     ~ {first_mid .. last_mid}                     one of the last steps, drawn per update
+  mid     ~ {first_mid .. last_mid}                     one of the last steps, drawn once per update
   latents = sample(x_T, steps 0 .. mid - 1)             no gradient, no guidance
-  x0      = predict_x0(denoise(latents, t_mid), t_mid)  the one denoiser call with gradient
-  r       = reward(decode(x0), prompt)                  through the frozen VAE and frozen reward
+  x0      = predict_x0(denoise(latents, t_mid), t_mid)  the one denoiser call with gradients
+  r       = reward(decode(x0), prompt)                  through the frozen VAE and reward
   loss    = -reward_scale * r'                          r' = (r - shift) / scale, see REWARDS; or,
   loss    = reward_scale * relu(2 - r)                  with --loss hinge, ImageReward's own loss
 
-We sample with ancestral DDPM steps and without guidance, in training and afterwards. FLUX takes
-Euler steps instead: there x0 = x_t - sigma v, and FLUX.1-dev gets a guidance scale of 1.
+We sample with ancestral DDPM steps and no guidance, both during and after training. FLUX takes
+Euler steps instead, with x0 = x_t - sigma v, and FLUX.1-dev gets a guidance scale of 1.
 
-Differences from ImageReFL's code, whose ReFL and settings we follow:
-1. We draw mid once per update, not once per micro-batch. The steps before mid take about 80 % of
-   the FLOPs with SD1.5, and this way they run on the whole batch at once.
-2. Adam's eps is 1e-15. With a loss scaled by 1e-3, gradients come close to the usual eps of 1e-8 or
-   fall below it, which silently shrinks the learning rate. Check that grad_rms in the log stays
-   well above eps.
-3. We take one optimizer step per update. The release takes two, the first before it undoes the
-   gradient scaling, and its weights move sqrt(2) times as far. To match it, multiply --lr by 1.4.
-4. We train a LoRA by default, so that it fits one GPU and the base model is the same network with
-   the LoRA switched off. --lora_rank 0 fine-tunes the whole denoiser, as the papers do.
-From ImageReward's own ReFL we take only the loss. Its settings were lr 1e-5, batch 64, 100 updates.
+Differences from ImageReFL's code, whose version of ReFL and whose settings we follow:
+1. We draw mid once per update, not once per micro-batch, so the steps before mid run on the whole
+   batch at once. With SD1.5, they take about 80% of the FLOPs.
+2. Adam's eps is 1e-15. With the loss scaled by 1e-3, gradients can approach or fall below the usual
+   eps of 1e-8, which silently shrinks the learning rate. Check that grad_rms in the log stays well
+   above eps.
+3. We take one optimizer step per update. The released code takes two, the first before undoing
+   the gradient scaling, so its weights move sqrt(2) times as far. To match, multiply --lr by 1.4.
+4. We train a LoRA by default. It fits on one GPU, and the base model is the same network with the
+   LoRA switched off. --lora_rank 0 fine-tunes the whole denoiser, as the papers do.
+We take only the loss from ImageReward's own ReFL, which used lr 1e-5, batch 64 and 100 updates.
 
   $ python refl.py                                        # the toy world: minutes on two CPU cores
   $ python refl.py --model sdxl --reward hps              # one CUDA GPU; COCO's captions as prompts
@@ -45,9 +45,9 @@ from rewards import REWARDS, load_reward, split_reward
 from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
 from run_folder import run_name, settings_for, settings_parser
 
-NAME = "refl"  # of the run folder and the progress bar; rename it in a fork
-# ImageReFL, section 5 and its code, where ReFL runs 20 "epochs" of 100 updates. lora_rank 0, or
-# full fine-tuning, and its learning rate are the paper's.
+NAME = "refl"  # names the run folder and the progress bar; change it in a fork
+# From ImageReFL's section 5 and its code, where ReFL runs 20 "epochs" of 100 updates. lora_rank 0,
+# which is full fine-tuning, and its learning rate are the paper's.
 PAPER = {
     "sd15": dict(
         train_steps=2000, batch_size=32, resolution=512, lr=3e-4, lora_rank=0,
@@ -58,7 +58,7 @@ PAPER = {
         num_inference_steps=40, first_mid=30, last_mid=39, reward_scale=1e-3,
     ),
 }
-# What we change, and the models that the paper does not have.
+# What we change, and the models that the paper does not cover.
 OURS = {
     "sd14": {**PAPER["sd15"], "lora_rank": 32},
     "sd15": {**PAPER["sd15"], "lora_rank": 32},
@@ -91,23 +91,23 @@ def parse_args(argv=None):
     parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH has its weights in PATH; no default"
-        " except for toy models")
-    add("--loss", choices=("linear", "hinge"), default="linear", help="-r', or relu(2 - r)")
-    add("--prompts", help="text file, one prompt per line; without it COCO's captions, 241 MB")
-    add("--test_prompts", help="held-out prompts, the first 16; without it COCO's captions")
+    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH loads the weights from PATH; required"
+        " except with toy models")
+    add("--loss", choices=("linear", "hinge"), default="linear", help="minimize -r' or relu(2 - r)")
+    add("--prompts", help="text file, one prompt per line; without it, COCO's captions (241 MB)")
+    add("--test_prompts", help="held-out prompts; we use the first 16; without it, COCO's captions")
     add("--train_steps", type=int, help="optimizer updates")
     add("--batch_size", type=int, help="images per update")
-    add("--micro_batch", type=int, default=8, help="images per gradient pass, to save memory")
+    add("--micro_batch", type=int, default=8, help="images per gradient pass; lower to save memory")
     add("--resolution", type=int, help="pixels")
-    add("--num_inference_steps", type=int, help="sampling steps, in training and after")
+    add("--num_inference_steps", type=int, help="sampling steps, during and after training")
     add("--first_mid", type=int, help="earliest step that may carry the gradient")
     add("--last_mid", type=int, help="latest step that may carry the gradient, inclusive")
     add("--reward_scale", type=float, help="weight of the reward in the loss")
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA")
-    add("--checkpointing", action="store_true", help="save memory at the cost of a forward pass")
+    add("--checkpointing", action="store_true", help="save memory; costs a second forward pass")
     add("--compile", action="store_true", help="torch.compile the denoiser's blocks")
     add("--save_every", type=int, default=60, help="updates between snapshots with samples")
     add("--seed", type=int, default=0, help="the random seed")
@@ -120,7 +120,7 @@ def parse_args(argv=None):
 
     reward_name, _ = split_reward(args.reward)
     if args.loss == "hinge" and reward_name != "imagereward":
-        parser.error("--loss hinge is made for the scale of --reward imagereward")
+        parser.error("--loss hinge fits only the scale of --reward imagereward")
     if not 0 <= args.first_mid <= args.last_mid < args.num_inference_steps:
         parser.error("0 <= first_mid <= last_mid < num_inference_steps must hold")
     args.out = args.out or run_name(NAME, args)
@@ -133,12 +133,12 @@ def parse_args(argv=None):
 
 
 def linear_loss(r, shift, scale, reward_scale):
-    """-reward_scale * r', r' = (r - shift) / scale. Its gradient does not fade as r (B,) grows."""
+    """-reward_scale * r', r' = (r - shift) / scale. The gradient does not fade as r (B,) grows."""
     return -reward_scale * ((r - shift) / scale).mean()
 
 
 def hinge_loss(r, reward_scale):
-    """reward_scale * relu(2 - r), r (B,) the ImageReward. Above 2 its gradient is zero."""
+    """reward_scale * relu(2 - r), where r (B,) is the ImageReward. Above 2 the gradient is zero."""
     return reward_scale * torch.relu(2 - r).mean()
 
 
@@ -170,12 +170,12 @@ def main(args):
         model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora
     )
     num_params = sum(p.numel() for p in params)
-    # See difference 2 for this eps.
+    # See difference 2 above for why eps is so small.
     optimizer = torch.optim.AdamW(
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-2, fused=True
     )
 
-    # How images are sampled, in training and afterwards. config.json keeps it for other scripts.
+    # How images are sampled during and after training. config.json keeps this for other scripts.
     sampler = dict(scheduler="ddpm", eta=1.0)
     if model.is_flow:
         sampler = dict(scheduler="euler", eta=0.0)
@@ -202,16 +202,16 @@ def main(args):
         mid = torch.randint(args.first_mid, args.last_mid + 1, (), generator=draw).item()
         t_mid = scheduler.timesteps[mid]
 
-        # Denoise pure noise up to that step, the whole batch at once and without gradient. Each
-        # image's generator also gives its step noise. Folding the LoRA in saves time meanwhile.
+        # Denoise pure noise up to that step, the whole batch at once and without gradients. Each
+        # image's generator also supplies its step noise. Folding in the LoRA makes this faster.
         noise_generators = [generator(args.seed, "train", step, i) for i in range(args.batch_size)]
         noise = initial_latents(model, noise_generators)
         cond = condition(model, prompts)
         with merged(model):
             latents = sample(model, scheduler, noise, cond, 0, mid, noise_generators)
 
-        # Predict the clean images from there and raise their reward, a micro-batch at a time.
-        # Each micro-batch's mean counts by its share of the batch.
+        # Predict the clean images from there and raise their reward, one micro-batch at a time.
+        # Weight each micro-batch's mean by its share of the batch.
         total_loss = 0.0
         rewards = []
         for i in range(0, args.batch_size, args.micro_batch):

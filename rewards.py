@@ -3,11 +3,11 @@
   reward, reward_range = load_reward("hps", device)
   r = reward(images, prompts)     images (B, 3, H, W) in [0, 1], B prompts -> (B,), differentiable
 
-  "name"         the published weights, from the hub or this disk's cache of it
-  "name:PATH"    the same layout from a file or folder
+  "name"         the published weights, from the hub or its local cache
+  "name:PATH"    weights in the same layout, from a file or folder
 
-To plug in your own reward, write a callable like that, build it in `build_reward`, and give it a
-line in REWARDS. Weights that are missing or do not fit are an error, never random numbers.
+To plug in your own reward, write a callable like this, build it in `build_reward`, and give it a
+line in REWARDS. Missing or mismatched weights are an error, never random numbers.
 """
 
 import json
@@ -38,13 +38,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and MPS are built on it
-# What the libraries raise if a file of weights is missing, damaged or made for another network.
+# What the libraries raise if a weights file is missing, damaged or made for another network.
 UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class RewardRange:
-    """The range that a reward is known to have, and the map r' = (r - shift) / scale of the losses.
+    """The known range of a reward, and the map r' = (r - shift) / scale that the losses use.
 
     The map is ImageReFL's: it brings toy_pref and pick to about [0, 1], and is the identity for the
     others. It is affine and constant, so it changes the gradient's scale and nothing else.
@@ -68,7 +68,7 @@ REWARDS = {
 
 
 def build_reward(name, path, device):
-    """Builds a reward of REWARDS; path: a file or folder of weights, or None for the published."""
+    """Builds one of REWARDS. path: a file or folder of weights, or None for the published ones."""
     if name == "toy_pref":
         return PickScore(path or TOY / "pref", path or TOY / "pref", device)
     if name == "toy_clip":
@@ -77,7 +77,7 @@ def build_reward(name, path, device):
         file = find_file(path, "HPS_v2.1_compressed.pt", "xswu/HPSv2")
         return ClipScore("ViT-H-14", device, path=file, pad=True)
     if name == "pick":
-        # PickScore was published without a processor: it has that of the CLIP it started from.
+        # PickScore was published without a processor, so it uses that of the CLIP it started from.
         processor = find_tokenizer(path, CLIP_VIT_H) if path else CLIP_VIT_H
         return PickScore(path or "yuvalkirstain/PickScore_v1", processor, device)
     if name == "imagereward":
@@ -100,12 +100,12 @@ def load_reward(spec, device):
 
 
 def split_reward(spec):
-    """ "name" or "name:PATH" -> (name, PATH or None), after a check that both exist."""
+    """ "name" or "name:PATH" -> (name, PATH or None), after checking that both exist."""
     if not spec:
-        sys.exit(f"--reward is needed with this model. There are {', '.join(REWARDS)}")
+        sys.exit(f"--reward is required with this model. Choose from {', '.join(REWARDS)}")
     name, _, path = spec.partition(":")
     if name not in REWARDS:
-        sys.exit(f"--reward {name}: no such reward. There are {', '.join(REWARDS)}")
+        sys.exit(f"--reward {name}: no such reward. Choose from {', '.join(REWARDS)}")
     if path and not os.path.exists(path):
         sys.exit(f"--reward {spec}: {path} does not exist")
     return name, path or None
@@ -116,14 +116,14 @@ def split_reward(spec):
 
 
 def find_file(path, filename, repo=None):
-    """The file that name:PATH means: PATH, or in the folder PATH or on the hub its known name."""
+    """The file that name:PATH refers to: PATH itself, or `filename` in PATH or on the hub."""
     if path and os.path.isfile(path):
         return Path(path)
     return Path(cached_file(path or repo, filename))
 
 
 def find_tokenizer(folder, repo):
-    """The folder, if a tokenizer lies in it beside the weights; else the repo on the hub."""
+    """The folder, if it has a tokenizer beside the weights; otherwise the repo on the hub."""
     return folder if os.path.isfile(f"{folder}/tokenizer_config.json") else repo
 
 
@@ -132,26 +132,26 @@ def read_weights(path):
     if str(path).endswith(".safetensors"):
         return load_file(path)
     try:
-        # weights_only: a checkpoint that carries code is refused, never run.
+        # With weights_only, a checkpoint that contains code is rejected, never run.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is no checkpoint of plain tensors; we run no code") from error
+        raise ValueError(f"{path} has more than plain tensors; we never run code") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
-        raise ValueError(f"{path} holds no state dict")
+        raise ValueError(f"{path} contains no state dict")
     return state
 
 
 def explain(error):
-    """An error in one line of at most 400 characters: libraries list every tensor."""
+    """An error on one line of at most 400 characters, because libraries list every tensor."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 400)
 
 
 def load_complete(model_class, source, unused=(), **options):
     """from_pretrained in fp32, frozen and in eval mode; every weight must come from the files.
 
-    unused: how the names of weights begin that the files may hold for a part we do not build.
+    unused: prefixes of weights that the files may contain for parts that we do not build.
     """
     repo, revision = split_revision(source) if source is not None else (None, None)
     net, report = model_class.from_pretrained(
@@ -166,22 +166,22 @@ def load_complete(model_class, source, unused=(), **options):
 
 
 def check_complete(report, name, unused=()):
-    """Raises ValueError if transformers would have put random numbers into a weight."""
+    """Raises ValueError if any weight did not come from the files, or one of theirs was unused."""
     unexpected = {key for key in report["unexpected_keys"] if not key.startswith(tuple(unused))}
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     wrong = report["missing_keys"] | unexpected | mismatched
-    # A table of position numbers is no weight; some versions of transformers save it.
+    # The table of position ids is not a weight, but some versions of transformers save it.
     wrong = {key for key in wrong if not key.endswith("position_ids")}
     if wrong:
-        raise ValueError(f"{name}: {min(wrong)} is missing, unexpected or of another shape")
+        raise ValueError(f"{name}: {min(wrong)} is missing, unexpected or has the wrong shape")
 
 
 def preprocess(images, size, mean, std, pad=False, floor_crop=False):
     """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalized. Differentiable.
 
-    The short side is resized (bicubic, antialiased), and the middle is cut out. torchvision rounds
-    the corner of an odd crop, transformers rounds it down (floor_crop). pad is HPS's way: the long
-    side is resized, and the rest is black.
+    Resizes the short side (bicubic, antialiased) and crops the center. If the corner of the crop
+    is not a whole number, torchvision rounds it to the nearest and transformers rounds it down
+    (floor_crop). With pad, as in HPS, we resize the long side instead and the rest is black.
     """
     height, width = images.shape[-2:]
     if pad:
@@ -213,7 +213,7 @@ def judge_dtype(device):
 class PickScore:
     """exp(logit_scale) cos(image, text) of a transformers CLIPModel (Kirstain et al. 2023).
 
-    cosine: leave the scale out. Text features are computed once per prompt.
+    cosine: leave out the scale. Text features are computed once per prompt.
     """
 
     def __init__(self, model, processor, device, cosine=False):
@@ -253,9 +253,11 @@ class PickScore:
 class ClipScore:
     """cos(image, text) of an open_clip model: CLIPScore (Hessel et al. 2021).
 
-    With its own weights and pad=True it is HPSv2 (Wu et al. 2023). name and tag are open_clip's
-    names of the architecture and the weights; path: a file of weights instead of the tag's, with
-    the architecture of an open_clip_config.json beside it, if there is one.
+    With HPSv2's weights and pad=True, this is HPSv2 (Wu et al. 2023).
+
+    name, tag: open_clip's names for the architecture and the weights.
+    path: a weights file to use instead of the tag's. An open_clip_config.json beside it, if there
+    is one, defines the architecture.
     """
 
     def __init__(self, name, device, tag=None, path=None, pad=False):
@@ -266,11 +268,11 @@ class ClipScore:
             path = open_clip.download_pretrained(config)
         if Path(path).with_name("open_clip_config.json").is_file():
             name = f"local-dir:{Path(path).parent}"
-        # On the meta device nothing is spent on weights that the file replaces.
+        # On the meta device we spend nothing on weights that the file will replace.
         with torch.device("meta"):
             self.clip = open_clip.CLIP(**open_clip.get_model_config(name))
         self.clip.load_state_dict(read_weights(path), assign=True)
-        # The causal mask is the one buffer that no file holds.
+        # The causal mask is the one buffer that no file contains.
         self.clip.attn_mask = torch.full(self.clip.attn_mask.shape, -torch.inf).triu(1)
         self.clip.to(device, judge_dtype(device)).eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
@@ -314,7 +316,7 @@ BLIP_UNUSED = r"blip\.(text_encoder\.embeddings\.position_ids|vision_proj|text_p
 
 
 def rename_blip(state):
-    """ImageReward.pt's {name: tensor} under transformers' names, without what is not used."""
+    """ImageReward.pt's {name: tensor} under transformers' names, without the unused ones."""
     renamed = {}
     for key, tensor in state.items():
         if re.match(BLIP_UNUSED, key):
@@ -346,13 +348,13 @@ def build_blip_scorer(state):
         hidden_size=hidden_size,
         num_attention_heads=hidden_size // 64,
         encoder_hidden_size=width,
-        is_decoder=True,  # this is what makes the cross-attention to the image
+        is_decoder=True,  # this adds the cross-attention to the image
         max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
         num_hidden_layers=sum(key.endswith(".intermediate.dense.weight") for key in state),
         intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]),
     )
     with torch.device("meta"):
-        # The MLP has no non-linearity. Identity stands where its dropout sleeps in evaluation.
+        # The MLP has no non-linearity. Identity replaces its dropout, which is off in evaluation.
         mlp = torch.nn.Sequential(
             torch.nn.Linear(hidden_size, 1024),
             torch.nn.Identity(),
@@ -374,7 +376,8 @@ def build_blip_scorer(state):
 class ImageReward:
     """ImageReward-v1.0 (Xu et al. 2023): BLIP, whose text encoder looks at the image, and an MLP.
 
-    Normalized to mean 0 and variance 1 with the authors' numbers; raw: the MLP's own output.
+    The score is normalized to mean 0 and variance 1 with the authors' constants.
+    raw: return the MLP's own output instead.
     path: ImageReward.pt. A tokenizer beside it is used instead of the hub's.
     """
 
@@ -416,9 +419,9 @@ class MPS:
     """The Multi-dimensional Preference Score, condition "overall" (Zhang et al., CVPR 2024).
 
     exp(logit_scale) cos(text, x[0]), where x (B, 257, D) starts as the image tokens. In each of
-    4 layers they attend to those text tokens (B, 77, D) that have to do with the condition, and
-    then to each other with rotary positions. The 16 heads of 64 share one key and value, a SwiGLU
-    runs beside each attention, and nothing has a bias.
+    4 layers they attend to the text tokens (B, 77, D) that are related to the condition, and
+    then to each other, with rotary positions. The 16 heads of width 64 share one key and value, a
+    SwiGLU runs in parallel with each attention, and no layer has a bias.
 
     path: model.safetensors in the layout of RE-N-Y/mpsv1, because the authors' own file is a
     pickle. A tokenizer beside it is used instead of the hub's.
@@ -450,7 +453,7 @@ class MPS:
 
     @torch.no_grad()
     def text(self, prompts):
-        """-> tokens (B, 77, D) and end-of-text features (B, D). Padding is read as well."""
+        """-> tokens (B, 77, D) and end-of-text features (B, D). Padding tokens are included."""
         ids = self.tokenizer(
             prompts,
             padding="max_length",
@@ -460,7 +463,7 @@ class MPS:
         ).input_ids
         states = self.clip.text_model(ids.to(self.clip.device)).last_hidden_state
         tokens = self.clip.text_projection(states)
-        # The end of the text has the highest id of all tokens.
+        # The end-of-text token has the highest id.
         return tokens, tokens[torch.arange(len(ids)), ids.argmax(-1)]
 
     def __call__(self, images, prompts):
@@ -475,14 +478,14 @@ class MPS:
         x = self.clip.visual_projection(self.clip.vision_model(pixels).last_hidden_state)
         for cross, own in self.layers:
             x = cross_layer(x, tokens, mask, *cross)
-            # Key and value share one matrix, of one head each.
+            # Key and value share one matrix, and have one head each.
             head_width = len(cross[2]) // 2
             x = self_layer(x, head_width, *own)
         return self.clip.logit_scale.exp() * F.cosine_similarity(end, x[:, 0], dim=-1)
 
 
 def cross_layer(x, tokens, mask, norm, to_q, to_kv, to_out, ff_up, ff_down):
-    """Image tokens x (B, 257, D) look at text tokens (B, 77, D); a feed-forward beside it."""
+    """Image tokens x (B, 257, D) attend to text tokens (B, 77, D), with a parallel feed-forward."""
     h = F.layer_norm(x, norm.shape, norm)
     k, v = (tokens @ to_kv.T).chunk(2, -1)
     attention = attend(h @ to_q.T, k, v, mask)
@@ -490,7 +493,7 @@ def cross_layer(x, tokens, mask, norm, to_q, to_kv, to_out, ff_up, ff_down):
 
 
 def self_layer(x, head_width, norm, fused, attn_out, ff_out):
-    """Image tokens x (B, 257, D) look at each other; a feed-forward beside it."""
+    """Image tokens x (B, 257, D) attend to each other, with a parallel feed-forward."""
     h = F.layer_norm(x, norm.shape, norm)
     ff_width = 2 * ff_out.shape[1]
     q_width = len(fused) - 2 * head_width - ff_width
@@ -566,7 +569,7 @@ def build_clip_config(state):
 class Detector(torch.nn.Module):
     """Images (B, 3, H, W) in [0, 1] -> confidence (B, size, size) that something is wrong there.
 
-    In [0, 1] and differentiable. Images are squeezed to a square, not cropped.
+    The confidence is in [0, 1] and differentiable. Images are squashed into a square, not cropped.
     """
 
     def __init__(self, net, size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -584,7 +587,7 @@ class Detector(torch.nn.Module):
         return F.interpolate(logits, size, mode="bilinear")[:, 0].sigmoid()
 
     def save(self, folder):
-        """Writes folder/detector, which --detector and evaluate.py open."""
+        """Writes folder/detector, which --detector and evaluate.py can load."""
         folder = Path(folder) / "detector"
         self.net.save_pretrained(folder)
         processor = dict(
@@ -603,7 +606,7 @@ class Detector(torch.nn.Module):
 
 
 def build_segformer(state):
-    """A SegFormer's {name: tensor} in its published names -> the network. Sizes are read off."""
+    """A SegFormer's {name: tensor} under its published names -> the network, sized to fit."""
     encoder = "segformer.encoder"
     widths = [len(state[f"{encoder}.patch_embeddings.{i}.proj.weight"]) for i in range(4)]
     depths = []

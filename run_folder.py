@@ -2,13 +2,13 @@
 
   config.json                 every setting, the model's exact source, and the sampler
   log.jsonl                   one line per update
-  samples/step_000060.png     held-out prompts at fixed seeds, so that one can flip through them
+  samples/step_000060.png     held-out prompts at fixed seeds, to flip through
   lora/                       the weights for the user, with snapshots lora/step_000060/ and so on
   checkpoint/state.pt         what --resume reads
 
-A run folder is begun once and then continued. A killed run loses nothing but the updates since
-its last checkpoint, and the files of a resumed run are the same, byte for byte, as those of a run
-that was never stopped.
+A run folder is started once and then resumed as often as needed. A killed run loses only the
+updates since its last checkpoint, and the files of a resumed run are the same, byte for byte, as
+those of a run that was never stopped.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from common import (
     sample,
 )
 
-# What does not change the numbers may differ between a run and its --resume.
+# Settings that do not change the numbers may differ when a run is resumed.
 MAY_DIFFER = ("train_steps", "micro_batch", "checkpointing", "compile", "save_every")
 NOT_SAVED = ("resume", "out", "device")
 
@@ -65,7 +65,7 @@ class SettingsHelp(argparse.RawDescriptionHelpFormatter):
 
 
 def settings_parser(name, doc):
-    """An argparse parser for NAME.py, whose --help shows the script's docstring as it is."""
+    """An argparse parser for NAME.py, whose --help shows the script's docstring verbatim."""
     return argparse.ArgumentParser(
         f"{name}.py", description=doc, formatter_class=SettingsHelp, allow_abbrev=False
     )
@@ -79,7 +79,7 @@ def chosen_model(argv=None):
 
 
 def model_family(model):
-    """The key of MODELS whose settings fit a model: itself, or that of a folder's own kind."""
+    """The key of MODELS whose settings fit a model: its own, or one of the same family."""
     if model in MODELS:
         return model
     pipeline_class, _ = find_pipeline(model)
@@ -93,7 +93,7 @@ def settings_for(table, model):
     """A model's row of a settings table. A folder or hub model keeps its own resolution."""
     family = model_family(model)
     if family not in table:
-        sys.exit(f"--model {model}: no settings for it here. There are {', '.join(table)}")
+        sys.exit(f"--model {model}: there are no settings for it. Use {', '.join(table)}")
     if model in MODELS:
         return table[family]
     return {**table[family], "resolution": None}
@@ -106,16 +106,16 @@ def run_name(script, args):
 
 
 def check_out(args):
-    """Exits if --out holds a run that we would overwrite, or if --resume finds no run there."""
+    """Exits if --out has a run that we would overwrite, or if --resume finds no run there."""
     has_run = (Path(args.out) / "config.json").is_file()
     if args.resume and not has_run:
         sys.exit(f"--resume: there is no run in {args.out}; name its folder with --out")
     if has_run and not args.resume:
-        sys.exit(f"{args.out} holds a run: continue it with --resume, or choose another --out")
+        sys.exit(f"{args.out} already holds a run: pass --resume, or choose another --out")
 
 
 def print_settings(args, paper, params):
-    """Prints every setting, and beside it the paper's value where ours departs from it."""
+    """Prints every setting, with the paper's value beside it where ours differs."""
     paper_row = paper.get(model_family(args.model), {})
     for name, value in vars(args).items():
         line = f"  {name:<20} {value}"
@@ -129,20 +129,20 @@ def print_settings(args, paper, params):
 
 @contextlib.contextmanager
 def readable_errors(args):
-    """Inside, Ctrl-C, a full GPU and a file that cannot be used end in one line."""
+    """Inside this context, Ctrl-C, a full GPU and an unusable file print one line and exit."""
     hint = ""
     try:
         yield
     except (KeyboardInterrupt, torch.OutOfMemoryError, OSError) as error:
         out = getattr(args, "out", None)
         if out and (Path(out) / "checkpoint" / "state.pt").is_file():
-            hint = ". The last checkpoint is whole: the same command with --resume continues"
+            hint = ". The last checkpoint is intact: add --resume to the command to continue"
         if isinstance(error, KeyboardInterrupt):
             print(f"\ninterrupted{hint}", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, torch.OutOfMemoryError):
             what = str(error).partition(" is free")[0]
-            advice = "Turn down --micro_batch, pass --checkpointing, then turn down --batch_size"
+            advice = "Lower --micro_batch, then pass --checkpointing, then lower --batch_size"
             sys.exit(f"\n{what} is free. {advice}{hint}")
         sys.exit(f"\n{error}{hint}")
 
@@ -158,7 +158,7 @@ def to_pil(image):
 
 
 def save_grid(images, path, columns):
-    """Images (N, 3, H, W) in [0, 1] -> one PNG, row by row; small ones are enlarged to be seen."""
+    """Images (N, 3, H, W) in [0, 1] -> one PNG, row by row. Small images are enlarged."""
     zoom = max(1, 128 // images.shape[-1])
     images = F.interpolate(images.detach(), scale_factor=zoom, mode="nearest")
     save_image(images, path, nrow=columns, padding=0)
@@ -170,7 +170,7 @@ def generate_batches(
 ):
     """Yields images (up to batch_size, 3, H, W) in [0, 1] on the CPU, prompt by prompt.
 
-    Image k of prompt i has the noise of generator(seed, purpose, i, k), whatever the batch.
+    Image k of prompt i has the noise of generator(seed, purpose, i, k), whatever batch it is in.
     sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), as in config.json.
     """
     scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
@@ -207,7 +207,7 @@ def score(reward, images, prompts, batch_size=16):
 
 
 def held_out(run, model, reward, prompts, step, num_images=2):
-    """The mean reward of held-out prompts at fixed seeds; their picture goes to samples/."""
+    """The mean reward of held-out prompts at fixed seeds. Their images go to samples/."""
     images = generate(
         model,
         prompts,
@@ -227,14 +227,14 @@ def held_out(run, model, reward, prompts, step, num_images=2):
 
 
 def write_atomically(path, text):
-    """A reader, or a run after kill -9, sees the whole file or the one before it."""
+    """Writes a file so that readers see all of it or the old one, even after kill -9."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 class Run:
-    """A run folder, as the docstring above shows it."""
+    """A run folder, as described at the top of this file."""
 
     def __init__(self, args, model_source, sampler):
         self.args = args
@@ -242,8 +242,8 @@ class Run:
         self.dir = Path(args.out)
         self.weights = self.dir / ("lora" if getattr(args, "lora_rank", 0) else "model")
         self.checkpoint = self.dir / "checkpoint" / "state.pt"
-        self.start = 0  # updates that are already done
-        self.skipped = []  # updates that were left out
+        self.start = 0  # the updates that are already done
+        self.skipped = []  # the updates that were skipped
 
         self.config = {k: v for k, v in vars(args).items() if k not in NOT_SAVED}
         self.config.update(model_source=model_source, sampler=sampler)
@@ -251,7 +251,7 @@ class Run:
         self.config = json.loads(json.dumps(self.config))
         if args.resume:
             self.check_config()
-        # A run that was stopped before its first checkpoint starts again.
+        # A run that was stopped before its first checkpoint starts over.
         if not (args.resume and self.checkpoint.is_file()):
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
             self.write_config()
@@ -274,7 +274,7 @@ class Run:
     def resume(self, params, optimizer):
         """Loads the weights and the optimizer's state from the checkpoint, and sets .start.
 
-        Returns all that the checkpoint holds, or None if this is a new run.
+        Returns everything in the checkpoint, or None if this is a new run.
         """
         if not (self.args.resume and self.checkpoint.is_file()):
             return None
@@ -285,7 +285,7 @@ class Run:
         for p, saved in zip(params, state["params"], strict=True):
             p.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        # The log may go further than the checkpoint: those updates are done again.
+        # The log may extend past the checkpoint. Those updates are run again.
         rows = [row for row in self.read_log() if row["step"] <= self.start]
         self.skipped = [row["step"] for row in rows if "skipped" in row]
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -294,12 +294,12 @@ class Run:
         return state
 
     def read_log(self):
-        """The rows of log.jsonl. A last line that a kill cut short is left out."""
+        """The rows of log.jsonl. A last line that was cut short by a kill is dropped."""
         lines = (self.dir / "log.jsonl").read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def log(self, step, **values):
-        """Appends a line to log.jsonl: floats with 8 digits, values that are None left out."""
+        """Appends a line to log.jsonl. Floats have 8 digits. Values that are None are omitted."""
         row = dict(step=step)
         for name, value in values.items():
             if isinstance(value, float):
@@ -310,17 +310,17 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def skip(self, step):
-        """Counts and reports an update that was left out. Five in a row end the run."""
+        """Records and reports a skipped update. Five in a row end the run."""
         self.skipped.append(step)
-        message = f"update {step}: NaN or Inf in its gradient or reward, left out"
+        message = f"update {step}: NaN or Inf in its gradient or reward, skipped"
         if self.skipped[-5:] == list(range(step - 4, step + 1)):
-            sys.exit(f"{message}. It is the fifth in a row; turn down --lr")
-        tqdm.write(f"{message}, as were {len(self.skipped) - 1} before", file=sys.stderr)
+            sys.exit(f"{message}. This is the fifth in a row; lower --lr")
+        tqdm.write(f"{message} ({len(self.skipped) - 1} skipped before)", file=sys.stderr)
 
     def save(self, step, model, params, optimizer, **more):
         """Writes the user's weights, a snapshot of them, and the checkpoint with `more`.
 
-        All of it is written beside its place and then renamed, the checkpoint last.
+        All files are written to a temporary folder first and then moved, the checkpoint last.
         """
         new = self.dir / "new.tmp"
         shutil.rmtree(new, ignore_errors=True)

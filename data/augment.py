@@ -1,13 +1,13 @@
-"""The augmentation of DiffDoctor's detector training. Whatever moves an image moves its label, too.
+"""The augmentation of DiffDoctor's detector training. Labels move with their images.
 
   true labels      weak: flip and crop
   pseudo labels    weak, then shrink_and_pad if nothing is wrong in the image, strong, and cutmix
 
 The strong augmentation and CutMix have UniMatch's settings (Yang et al. 2023). Shrinking is the
-dynamic augmentation of DiffDoctor, section 3.2, with numbers of ours.
+dynamic augmentation of DiffDoctor, section 3.2, with our own numbers.
 
 Images are (3, S, S) and labels (1, S, S), both in [0, 1]. Every draw comes from `draw`, a
-generator on the CPU. The order of the draws is fixed, so that a seed gives the same images.
+generator on the CPU. The order of the draws is fixed, so a seed always gives the same images.
 """
 
 import math
@@ -54,7 +54,7 @@ def random_corner(draw, size, height, width):
 
 
 # --------------------------------------------------------------------------------------------------
-# What moves pixels: image and label alike
+# Augmentations that move pixels: image and label alike
 
 
 def resize(images, size):
@@ -62,7 +62,7 @@ def resize(images, size):
 
 
 def weak(image, label, draw):
-    """A flip in half of the cases, then a crop of 80 to 100 % of the side, resized to S again."""
+    """A flip half of the time, then a crop of 80% to 100% of the side, resized back to S."""
     size = image.shape[-1]
     both = torch.cat([image, label])
     if uniform(draw, 0, 1) < 0.5:
@@ -74,10 +74,10 @@ def weak(image, label, draw):
 
 
 def shrink_and_pad(image, label, draw):
-    """A harmless image becomes a small one, 25 to 75 % of the side, somewhere on black.
+    """Shrinks a harmless image to 25% to 75% of its side, and puts it somewhere on black.
 
-    An inferior detector fears what is small and intricate, for example the faces in a full-body
-    picture. Here it learns that small things can be fine. Other images are returned as they are.
+    A weak detector is suspicious of anything small and intricate, such as the faces in full-body
+    pictures. Here it learns that small things can be fine. Other images are returned as they are.
     """
     if label.max() >= HARMLESS:
         return image, label
@@ -90,9 +90,9 @@ def shrink_and_pad(image, label, draw):
 
 
 def cutmix(images, labels, draw):
-    """Half of the images (B, 3, S, S) get a box of the image before them; labels alike.
+    """Half of the images (B, 3, S, S), and their labels, get a box from the image before them.
 
-    The box has 2 to 40 % of the area, and its height is 0.3 to 3.3 times its width.
+    The box covers 2% to 40% of the area, and its height is 0.3 to 3.3 times its width.
     """
     size = images.shape[-1]
     new_images = images.clone()
@@ -113,11 +113,11 @@ def cutmix(images, labels, draw):
 
 
 # --------------------------------------------------------------------------------------------------
-# What changes colors: the image alone
+# Augmentations that change colors: the image alone
 
 
 def strong(image, draw):
-    """Color jitter for 80 % of the images, gray for 20 %, a blur for half of them."""
+    """Color jitter for 80% of the images, gray for 20%, and a blur for 50%."""
     if uniform(draw, 0, 1) < 0.8:
         image = jitter_color(image, draw)
     if uniform(draw, 0, 1) < 0.2:
@@ -134,7 +134,7 @@ def to_gray(image):
 
 
 def jitter_color(image, draw):
-    """Brightness, contrast and saturation times U(0.5, 1.5), and the hue turned up to a quarter."""
+    """Brightness, contrast and saturation times U(0.5, 1.5); hue turned by up to a quarter."""
     image = (image * uniform(draw, 0.5, 1.5)).clamp(0, 1)
     mean_gray = to_gray(image)[0].mean().expand_as(image)
     image = torch.lerp(mean_gray, image, uniform(draw, 0.5, 1.5)).clamp(0, 1)

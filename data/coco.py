@@ -4,11 +4,11 @@
   Coco("train", resolution=512)[i]    -> (image (3, 512, 512) in [0, 1], caption)
 
 The first use downloads the annotation archive (241 MB) and keeps its two caption files. An image
-is downloaded when it is first asked for. The cache has COCO's own folders (annotations/,
+is downloaded when it is first needed. The cache uses COCO's own folders (annotations/,
 train2017/, val2017/). If you already have COCO, pass --cache or set COCO_CACHE to its folder, and
-nothing is downloaded. COCO_BASE replaces the address to download from, like --base.
+nothing is downloaded. COCO_BASE changes the address to download from, as --base does.
 
-As a command it writes an image folder for --data. If it is stopped, run it again to continue:
+Run as a command, it writes an image folder for --data. If it is stopped, run it again to continue:
 
   $ python data/coco.py --images 5000 --out coco_images
   $ python data/coco.py --images 5000 --out coco_val --split val --resolution 1024
@@ -39,7 +39,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.images import square, to_tensor
 
-# Plain http: the certificate of COCO's https address belongs to another host.
+# Plain http, because the certificate of COCO's https address belongs to another host.
 BASE = "http://images.cocodataset.org"
 ARCHIVE = "annotations/annotations_trainval2017.zip"
 SPLITS = ("train", "val")
@@ -62,11 +62,11 @@ def fetch(url, folder, install, progress=False):
     """Download `url` to a temporary file in `folder` and return install(file).
 
     `install` moves what it needs to its final place, and raises ValueError for bad content.
-    After three failed tries there is one OSError, which names the address.
+    After three failed tries it raises an OSError that names the address.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    # torch.hub has no timeout of its own. Without one, a silent server would hold us forever.
+    # torch.hub has no timeout of its own. Without one, we would wait forever for a silent server.
     socket.setdefaulttimeout(TIMEOUT)
     for attempt in range(TRIES):
         time.sleep(PAUSE * attempt)
@@ -92,7 +92,7 @@ def install_captions(file):
                 name = f"captions_{split}2017.json"
                 found[name] = archive.read(f"annotations/{name}")
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
-        raise ValueError(f"not COCO's annotation archive, or a broken one ({error})") from error
+        raise ValueError(f"not COCO's annotation archive, or damaged ({error})") from error
     for name, text in found.items():
         write_atomically(file.with_name(name), text)
 
@@ -100,7 +100,8 @@ def install_captions(file):
 def places(cache=None, base=None):
     """Return the cache folder and the address to download from.
 
-    Arguments come first, then COCO_CACHE and COCO_BASE, then ~/.cache/coco2017 and COCO's server.
+    Arguments take precedence over COCO_CACHE and COCO_BASE. The defaults are ~/.cache/coco2017 and
+    COCO's server.
     """
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = cache or os.environ.get("COCO_CACHE") or Path(user_cache) / "coco2017"
@@ -155,7 +156,7 @@ def captions(split="train", cache=None, base=None, seed=0):
 
 
 def open_image(path, size):
-    """Decode an image of a known (width, height). ValueError if it is damaged or another one."""
+    """Decode an image of a known (width, height). ValueError if it is damaged or the wrong size."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -194,9 +195,9 @@ class Coco(Dataset):
         return to_tensor(image), self.items[i][3]
 
     def image(self, i):
-        """PIL image i as COCO has it, from the cache or downloaded into it."""
+        """Return the original PIL image i, from the cache or downloaded into it."""
         image_id, width, height, _ = self.items[i]
-        # The file name is made from the number alone, never from a name in the annotations.
+        # The file name is made only from the number, never from a name in the annotations.
         name = f"{self.split}2017/{image_id:012d}.jpg"
         path = self.cache / name
         if path.is_file():
@@ -215,7 +216,7 @@ class Coco(Dataset):
 
 
 def check_folder(out, names):
-    """Refuse a folder that holds anything but our own files, and clear what a killed run left."""
+    """Reject a folder with files that are not ours, and delete what a killed run left behind."""
     expected = {"metadata.jsonl", *names}
     # A name that begins with a dot is a temporary file or belongs to the system.
     for path in sorted(out.glob("[!.]*")):
@@ -244,7 +245,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    # A folder that we cannot make is an error before the long download, not after it.
+    # If we cannot create the folder, fail before the long download, not after it.
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     data = Coco(args.split, args.resolution, args.cache, args.base)
@@ -256,7 +257,7 @@ def main(args):
     def make(i):
         path = out / names[i]
         if path.exists():
-            # A run before this one made the image. It must have the size that we want now.
+            # An earlier run made the image. It must have the size that we want now.
             with Image.open(path) as image:
                 side = image.width
             if side != args.resolution:
@@ -271,7 +272,7 @@ def main(args):
         for _ in tqdm(pool.map(make, range(len(names))), total=len(names), desc="images"):
             pass
 
-    # metadata.jsonl comes last: a folder that has it is complete.
+    # metadata.jsonl comes last, so a folder that has it is complete.
     lines = []
     for name, caption in zip(names, data.captions):
         row = {"file_name": name, "text": caption}

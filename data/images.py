@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 
 def square(image, resolution):
-    """PIL image -> RGB (resolution, resolution): short side resized, then cropped at the center."""
+    """PIL image -> RGB (resolution, resolution): resized, then center-cropped."""
     return ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
 
 
@@ -24,7 +24,7 @@ def to_tensor(image):
 
 
 def read_row(line, folder):
-    """One line of metadata.jsonl -> (image path, caption). ValueError says what is wrong."""
+    """One line of metadata.jsonl -> (image path, caption). Raises ValueError if it is wrong."""
     try:
         row = json.loads(line)
         name = Path(row["file_name"])
@@ -45,7 +45,7 @@ class ImageFolder(Dataset):
     """A folder of images with metadata.jsonl.
 
     Item i is (image, caption): float32 (3, resolution, resolution) in [0, 1] and a string.
-    The list is checked when the dataset is built, and an image when it is read. Both raise an
+    The list is checked when the dataset is built, and each image when it is read. Both raise an
     OSError that names the file.
     """
 
@@ -70,7 +70,7 @@ class ImageFolder(Dataset):
             except ValueError as error:
                 raise OSError(f"{path} line {number}: {error}") from error
         if not self.items:
-            raise OSError(f"{path}: no image in it")
+            raise OSError(f"{path}: it lists no images")
 
     @property
     def captions(self):
@@ -105,7 +105,7 @@ def image_data(folder, resolution):
 def image_batches(data, indices, workers=0):
     """Yield (images (B, 3, H, W) in [0, 1], captions) for each list of indices.
 
-    `workers` processes read ahead. An error in a worker arrives as the same type, with the
-    worker's traceback in its message.
+    `workers` processes read ahead. An error in a worker is raised here with the same type, and
+    with the worker's traceback in its message.
     """
     yield from DataLoader(data, batch_sampler=indices, num_workers=workers)

@@ -30,7 +30,7 @@ def read_items(path, template=None):
         check_row(path, row)
     unique_prompts = {row["prompt"] for row in rows}
     if not rows or len(unique_prompts) < len(rows):
-        sys.exit(f"prompts file {path}: it has no training prompt, or one of them twice")
+        sys.exit(f"prompts file {path}: it has no training prompts, or one of them is repeated")
     return rows, test_prompts
 
 
@@ -61,7 +61,7 @@ def parse_line(path, line):
 
 
 def check_row(path, row):
-    """Exit if a row lacks a part, or has more or fewer thresholds than items."""
+    """Exit if a row is incomplete, or its number of thresholds is not its number of items."""
     required = {"prompt", "items"}
     if not isinstance(row, dict) or not required <= row.keys() <= required | {"thresholds"}:
         sys.exit(f"prompts file {path}: {row!r} does not fit. We expect {JSON_FORM}")
@@ -81,14 +81,14 @@ def token_span(tokenizer, prompt, item, which="own"):
     """Return the positions of an item's tokens in the encoded prompt.
 
     With which="next", return that of the token after them, which may be the end of the text.
-    The item is one or more whole words that occur once in the prompt. If not, exit.
+    The item must be one or more whole words that occur exactly once in the prompt.
     """
     whole_words = rf"(?<!\w){re.escape(item)}(?!\w)"
     matches = list(re.finditer(whole_words, prompt, re.IGNORECASE))
     if len(matches) != 1:
         sys.exit(
             f"prompt {prompt!r}: its item {item!r} occurs {len(matches)} times in it. "
-            "It must occur once: name it with more words of the prompt"
+            "It must occur once: add more of the prompt's words to it"
         )
     start, end = matches[0].span()
     max_length = tokenizer.model_max_length
@@ -97,7 +97,7 @@ def token_span(tokenizer, prompt, item, which="own"):
     )
     positions = []
     for position, (first, last) in enumerate(encoded.offset_mapping):
-        # The tokens of the text's start and end cover no characters.
+        # The start and end tokens cover no characters.
         if first < last and first < end and last > start:
             positions.append(position)
     if not positions:

@@ -1,17 +1,17 @@
-"""DiffDoctor's labeling loop (arXiv 2501.12382, section 3.2): what a person should label, and how.
+"""DiffDoctor's labeling loop (arXiv 2501.12382, section 3.2): what people should label, and how.
 
   score           ranks a folder's images and categories by the detector's confidence
   export_hard     writes the hard images of abnormal categories, with maps for a person to correct
   import_labels   takes the corrected maps as true labels
-  pseudo          labels the other images by the detector
+  pseudo          labels the other images with the detector
 
-The paper says what these steps do, not their thresholds: those are ours. `diffdoctor.py detector`
+The paper describes these steps but not their thresholds, which are ours. `diffdoctor.py detector`
 trains on the labeled folders that come out. A labeled folder holds images/NAME, maps/NAME.png
 (8-bit gray, white where something is wrong), and meta.jsonl with one line per image:
 
   {"file_name": NAME, "category": "dog", "split": "train" or "test", "source": "human"}
 
-"source" is "human", "pseudo" or "real". A real photograph needs no map: nothing is wrong in it.
+"source" is "human", "pseudo" or "real". A real photograph needs no map.
 
   $ python data/labels.py score --detector toy/detector --images new --out ranks
   $ python data/labels.py export_hard --detector toy/detector --images new --scores ranks --out hard
@@ -62,19 +62,19 @@ def parse_args(argv=None):
     add = command("export_hard", "write hard images with maps for a person to correct")
     add("--detector", required=True, help="folder, hub id, or the released ad_pytorch_model.bin")
     add("--images", required=True, help="folder with metadata.jsonl: file_name, text, category")
-    add("--scores", required=True, help="folder that score wrote about the same images")
-    add("--categories", nargs="+", help="take these instead of the abnormal categories")
-    add("--threshold", type=float, default=0.5, help="hard is a maximum confidence from here")
-    add("--max_images", type=int, default=2000, help="write at most this many, the worst")
+    add("--scores", required=True, help="folder that the score command wrote for the same images")
+    add("--categories", nargs="+", help="use these categories instead of the abnormal ones")
+    add("--threshold", type=float, default=0.5, help="lowest maximum confidence of a hard image")
+    add("--max_images", type=int, default=2000, help="write at most this many, the worst first")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", required=True, help="new folder, for images/, maps/, overlays/ and meta.jsonl")
 
     add = command("import_labels", "take corrected maps as true labels")
-    add("--labels", required=True, help="folder of export_hard; images deleted there are left out")
+    add("--labels", required=True, help="folder from export_hard, minus the images you deleted")
     add("--split", choices=SPLITS, default="train", help="test: for the metrics only")
-    add("--out", required=True, help="labeled folder, new or to be extended")
+    add("--out", required=True, help="labeled folder, new or to add to")
 
-    add = command("pseudo", "label images by the detector")
+    add = command("pseudo", "label images with the detector")
     add("--detector", required=True, help="folder, hub id, or the released ad_pytorch_model.bin")
     add("--images", required=True, help="folder with metadata.jsonl: file_name, text, category")
     add("--exclude", nargs="+", default=[], help="folders whose images a person has labeled")
@@ -96,8 +96,8 @@ def parse_args(argv=None):
 def read_image(path, mode, size=None):
     """Reads an image file as "RGB" or "L" (gray) -> (3 or 1, H, W) in [0, 1].
 
-    size: the image is squeezed to size x size pixels, as a detector sees it. OSError names a file
-    that is no image, or one with more than 8 bits per channel, which Pillow would clip to white.
+    size: squash the image to size x size pixels, as a detector sees it. Raises an OSError for files
+    that are not images or have more than 8 bits per channel, which Pillow would clip to white.
     """
     try:
         with Image.open(path) as image:
@@ -112,7 +112,7 @@ def read_image(path, mode, size=None):
 
 
 class Labelled(Dataset):
-    """Images with their labels, squeezed to the detector's size.
+    """Images with their labels, squashed to the detector's size.
 
     rows: dicts with the path "image" and, if there is one, "map". Item i is (image (3, size, size),
     label (1, size, size), i), in [0, 1]. Without a map the label is zero.
@@ -135,7 +135,7 @@ class Labelled(Dataset):
 
 
 def read_lines(path):
-    """A file of JSON lines -> [(line number, line)], without the blank ones."""
+    """A file of JSON lines -> [(line number, line)], without blank lines."""
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -160,12 +160,12 @@ def read_meta(folder):
         except ValueError as error:
             raise OSError(f"{path} line {number}: {error}") from error
     if not rows:
-        raise OSError(f"{path}: no image in it")
+        raise OSError(f"{path}: it lists no images")
     return rows
 
 
 def read_meta_row(line, folder):
-    """One line of meta.jsonl -> its dict and the two paths. ValueError says what is wrong."""
+    """One line of meta.jsonl -> its dict with both paths. Raises ValueError if it is wrong."""
     try:
         row = json.loads(line)
         name = Path(row["file_name"])
@@ -186,7 +186,7 @@ def read_meta_row(line, folder):
 def read_labels(folders, real):
     """All rows of labeled folders, and of image folders of real photographs.
 
-    Every tenth photograph is for the metrics. Raises an OSError if a file is missing.
+    Every tenth photograph is used only for the metrics. Raises an OSError if a file is missing.
     """
     rows = []
     for folder in folders:
@@ -215,13 +215,13 @@ def read_unlabelled(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# Looking and writing
+# Detecting and writing
 
 
 @torch.no_grad()
 def diagnose(detector, rows, device, batch_size=16):
     """Yields (row, confidence (size, size) on the CPU) for each row with an "image"."""
-    # Only the images are read. A row may have a map, too.
+    # Read only the images, even if a row also has a map.
     images_only = [dict(image=row["image"]) for row in rows]
     data = Labelled(images_only, detector.size)
     indices = torch.arange(len(rows)).split(batch_size)
@@ -241,7 +241,7 @@ def overlay(images, maps):
 
 
 def content_name(path):
-    """A file name made of the file's bytes: an image has the same name in every labeled folder."""
+    """A file name from the file's hash, so an image has the same name in all labeled folders."""
     return file_hash(path)[:16] + ".png"
 
 
@@ -263,8 +263,8 @@ def save_map(confidence, path):
 def write_labelled(out, found, source):
     """Writes images and their predicted maps as a labeled folder -> the number of images.
 
-    found: pairs (row, map), as diagnose yields them. Each map gets its image's size. What is for a
-    person (source "human") also gets overlays, and the map's hash to see whether it was edited.
+    found: pairs (row, map), as diagnose yields them. Each map is resized to its image. With
+    source "human" we add overlays for people to look at, and the map's hash to detect edits.
     """
     is_for_person = source == "human"
     folders = ["images", "maps"]
@@ -287,7 +287,7 @@ def write_labelled(out, found, source):
             to_pil(side_by_side).save(out / "overlays" / name)
             row["exported"] = file_hash(out / "maps" / name)
         rows.append(row)
-    # The list comes last: a folder that has it is complete.
+    # The list comes last, so a folder that has it is complete.
     write_lines(out / "meta.jsonl", rows)
     return len(rows)
 
@@ -337,7 +337,7 @@ def score(args):
 
 
 def read_hard(args):
-    """The rows of scores.jsonl that are hard, in the order of score: the worst one first."""
+    """The hard rows of scores.jsonl in its order, the worst one first."""
     hard = []
     try:
         for _, line in read_lines(Path(args.scores) / "scores.jsonl"):
@@ -348,7 +348,7 @@ def read_hard(args):
             if is_wanted and row["max"] >= args.threshold:
                 hard.append(row)
     except (OSError, ValueError, KeyError, TypeError):
-        sys.exit(f"--scores {args.scores}: no scores.jsonl of data/labels.py score there")
+        sys.exit(f"--scores {args.scores}: it has no scores.jsonl from data/labels.py score")
     if not hard:
         categories = ", ".join(args.categories or ["an abnormal category"])
         sys.exit(f"no image of {categories} reaches --threshold {args.threshold:g}")
@@ -373,7 +373,7 @@ def export_hard(args):
 
 
 def read_edited_map(row):
-    """A map that came back from an image editor -> (3, H, W), after a check that it is a map."""
+    """A map that came back from an image editor -> (3, H, W), after checking that it is a map."""
     path = row["map"]
     if not path.is_file():
         raise OSError(f"{path} is missing; delete the image, too, to leave it out")
@@ -402,7 +402,7 @@ def import_labels(args):
             num_left_out += 1
             continue
         if row["file_name"] in known_names:
-            sys.exit(f"{row['image']} has a label in {out} already; delete it from one of the two")
+            sys.exit(f"{row['image']} already has a label in {out}; delete it from one of the two")
         labels.append((row, read_edited_map(row)))
         if file_hash(row["map"]) != row.get("exported"):
             num_edited += 1

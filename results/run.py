@@ -1,7 +1,7 @@
-"""Runs the experiments behind the pages in results/. Each prints its figures and draws pictures.
+"""Runs the experiments behind the pages in results/. Each prints its numbers and draws pictures.
 
-An experiment that was interrupted goes on where it stopped: what is done is not done again. The
-file experiments/NAME.py says what NAME asks, what it runs, and how long that took.
+An interrupted experiment resumes where it stopped and repeats nothing that is done. The file
+experiments/NAME.py says what question NAME asks, what it runs, and how long that took.
 
   $ OMP_NUM_THREADS=1 python results/run.py refl --jobs 2           # 3 runs and their images
   $ OMP_NUM_THREADS=1 python results/run.py imagerefl --jobs 2      # 12 more runs; it uses refl's
@@ -11,7 +11,7 @@ file experiments/NAME.py says what NAME asks, what it runs, and how long that to
   $ OMP_NUM_THREADS=1 python results/run.py dreambooth              # 3 LoRAs, each treated twice
 
 Runs, images and tables go to OUT/NAME, and the pictures to results/pictures. The training seed is
-the unit: a figure is the mean over seeds, with the standard deviation over seeds behind the ±.
+the unit: a number is the mean over seeds, and after the ± is the standard deviation over seeds.
 Held-out prompts and image seeds are the same for every row.
 """
 
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Python must find our packages, wherever this file is started from.
+# Python must find our packages, wherever this file is run from.
 sys.path.insert(0, str(ROOT))
 EXPERIMENTS = ("refl", "imagerefl", "focus_n_fix", "dfusion", "diffdoctor", "dreambooth")
 
@@ -38,8 +38,8 @@ def main():
     )
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS, help="which experiment to run")
-    add("--out", type=Path, default=ROOT / "results" / "work", help="folder for all it makes")
-    add("--jobs", type=int, default=2, help="processes at a time; then set OMP_NUM_THREADS=1")
+    add("--out", type=Path, default=ROOT / "results" / "work", help="folder for all its output")
+    add("--jobs", type=int, default=2, help="processes at a time; above 1, set OMP_NUM_THREADS=1")
     args = parser.parse_args()
     experiment = find_experiment(args.experiment)
     experiment((args.out / args.experiment).resolve(), args.jobs)

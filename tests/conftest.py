@@ -1,6 +1,6 @@
-"""Helpers and fixtures of all tests: tiny random models, small files, and runs of a script.
+"""Helpers and fixtures for all tests: tiny random models, small files, and script runs.
 
-No test reads or writes the working folder: each runs in a folder of its own.
+No test reads or writes the working folder. Each runs in its own folder.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-# The tests never ask the hub, also where a network is there.
+# The tests never contact the hub, even if there is a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -162,12 +162,12 @@ def tiny_vae(**options):
 
 
 def randomize(pipe):
-    """Moves every weight off its start: no weight stays zero, and no norm the identity."""
+    """Perturbs every weight, so that no weight is zero and no norm is the identity."""
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             for p in part.parameters():
                 p.data += 0.05 * torch.randn_like(p)
-    # CLIP's own start is so small that all prompts would read alike.
+    # CLIP's own initialization is so small that all prompts would look the same.
     for name, part in pipe.components.items():
         if name.startswith("text_encoder"):
             for p in part.parameters():
@@ -180,7 +180,7 @@ def randomize(pipe):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder, on one thread: more do not help networks this small."""
+    """Every test runs in an empty folder, on one thread. More do not help such small networks."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
 
@@ -191,7 +191,7 @@ def world(tmp_path_factory):
 
 
 def make_world(root):
-    """Writes small files that many tests use -> their paths (strings):
+    """Writes small files that many tests use -> their paths, as strings:
 
     sd, sd_v, sdxl, flux, flux_dev   tiny random models
     prompts, one                     text files with the four PROMPTS, and with the first of them
@@ -247,7 +247,7 @@ def write_labelled(folder):
 
 
 def training_commands(world):
-    """{name: (module, words)}: four updates on the tiny model, with a checkpoint every two."""
+    """{name: (module, words)}: four updates of a tiny model, with a checkpoint after every two."""
     import dfusion_dpo
     import diffdoctor
     import focus_n_fix
@@ -299,7 +299,7 @@ SCRIPTS_THAT_TRAIN = ("refl", "imagerefl", "focus_n_fix", "treat", "detector", "
 
 
 def run_script(module, *words):
-    """Runs a script's command line in this process -> its exit status or message, 0 if all is well.
+    """Runs a script's command line in this process -> its exit status or message; 0 is success.
 
     For example run_script(refl, "--train_steps", 2, "--out", "run").
     """

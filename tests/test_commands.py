@@ -68,6 +68,12 @@ def test_a_command_of_the_pages_parses(command, tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     for run in re.findall(r"--lora (\S+)", command):
         (tmp_path / run / "lora").mkdir(parents=True)
+        if "-sdxl-" in run:
+            # A run's config.json says how many steps there are for --base_steps.
+            sampler = dict(scheduler="ddpm", eta=1.0, num_inference_steps=40, guidance_scale=1.0)
+            config = dict(model="sdxl", lora_rank=32, resolution=512, sampler=sampler)
+            config["test_prompts"] = "unseen.txt"
+            (tmp_path / run / "config.json").write_text(json.dumps(config))
     script, *words = shlex.split(command)
     module = MODULES[script]
     assert vars(module.parse_args(words))
@@ -163,7 +169,7 @@ def mistakes(world):
     Path("video/model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
     rows = [
         (["--model", "sdxxl"], ["sdxxl", "sdxl", "unknown"]),
-        (["--model", "a_folder"], ["a_folder", "not a diffusers folder"]),
+        (["--model", "a_folder"], ["a_folder", "model_index.json"]),
         (["--model", "video"], ["CogVideoXPipeline", "StableDiffusionXLPipeline"]),
         (["--model", "nobody/nothing"], ["nobody/nothing"]),
         (["--reward", "toy_perf"], ["toy_perf", "toy_pref"]),
@@ -214,7 +220,7 @@ def test_the_other_scripts_answer_alike(world, name):
 
 def test_a_model_without_a_reward_asks_for_one(world):
     for module in (refl, imagerefl):
-        assert "--reward is needed" in run_script(module, "--model", world.sd)
+        assert "--reward is required" in run_script(module, "--model", world.sd)
 
 
 def test_a_folder_that_holds_a_run_is_never_overwritten(world):

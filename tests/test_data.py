@@ -204,7 +204,7 @@ def test_image_folder_and_batches(tmp_path):
 def test_bad_metadata(tmp_path):
     path = tmp_path / "metadata.jsonl"
     for content, message in (
-        (b"", ": no image in it"),
+        (b"", ": it lists no images"),
         (b"\xff\xfe", ": not UTF-8 text"),
         (b'\n{"file_name": "0.png"}', ' line 2: {"file_name": "...", "text": "..."} is expected'),
         (b'{"file_name": "0.png", "text": 3}', " line 1: the text is not a string"),

@@ -268,8 +268,8 @@ def test_report(capsys):
         "x       2       2        0.5000 [0.2500, 0.7500]  -         2.0000\n"
         "\n"
         "x: dino_div leaves out 2 of 2 prompts with only one image\n"
-        "x: the oracle abstained on 12.5% of the images (not correct)\n"
-        "x: too few images for cov_dist: there are no more of them than the features have "
+        "x: the oracle abstained on 12.5% of the images (counted as wrong)\n"
+        "x: too few images for cov_dist: we need more images than the features have "
         "dimensions\n"
         "dino: toy\n"
     )
@@ -285,7 +285,7 @@ def test_inception_is_pytorch_fids(tmp_path, monkeypatch):
         theirs = inception.InceptionV3().eval()
     file = tmp_path / "weights.pth"
     torch.save(state, file)
-    with pytest.raises(ValueError, match="its sha256 is another one"):
+    with pytest.raises(ValueError, match="its sha256 differs"):
         evaluate.Inception(file, CPU)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     monkeypatch.setattr(evaluate, "INCEPTION_SHA256", sha256)
@@ -302,11 +302,11 @@ def test_bad_folders_and_flags(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
     row = dict(file_name="x.png", text="a red star")
     for rows, message in (
-        ([], "no image in it"),
+        ([], "it lists no images"),
         (["{"], "line 1: "),
         ([dict(row, file_name="../x.png")], "outside the folder"),
         ([dict(row, file_name="gone.png")], "gone.png is missing"),
-        ([row, row], "a file is named twice"),
+        ([row, row], "a file is listed twice"),
         ([dict(row, prompt_id=1), dict(prompt_id=1, text="x", file_name="./x.png")], "two texts"),
     ):
         write_rows(tmp_path, rows)

@@ -243,8 +243,8 @@ def test_refusals(capsys):
     for words, message in (
         ("--lora_rank 0", "with its LoRA off"),
         ("--region saliency", "need a CLIP, unlike --reward artifact"),
-        ("--concept a b --detector x", "--detector has no use"),
-        ("--model sd14 --prompts x", "--detector is needed"),
+        ("--concept a b --detector x", "--detector is not used"),
+        ("--model sd14 --prompts x", "--detector is required"),
     ):
         assert run_script(focus_n_fix, *words.split()) == 2
         assert message in capsys.readouterr().err
@@ -256,5 +256,5 @@ def test_without_test_prompts_the_last_100_are_held_out(tmp_path):
     args.prompts.write_text("\n".join(lines))
     assert focus_n_fix.read_both_prompts(args) == (lines[:2], lines[2:18])
     args.prompts.write_text("\n".join(lines[:100]))
-    with pytest.raises(SystemExit, match="--test_prompts FILE is needed"):
+    with pytest.raises(SystemExit, match="--test_prompts FILE is required"):
         focus_n_fix.read_both_prompts(args)

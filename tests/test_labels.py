@@ -134,7 +134,7 @@ def test_the_whole_loop(unlabelled, capsys):
     # The same labels again: refused, and nothing changes.
     before = Path("labeled/meta.jsonl").read_bytes()
     words = ["import_labels", "--labels", "hard", "--out", "labeled"]
-    assert "has a label in labeled already" in message_of(*words)
+    assert "already has a label in labeled" in message_of(*words)
     assert Path("labeled/meta.jsonl").read_bytes() == before
 
     # The detector labels the other 12, and not the one that was deleted, either.

@@ -74,6 +74,29 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(world, monkeypatch, name):
     assert not different and done == 3
 
 
+@pytest.mark.parametrize("num_renamed", [0, 1, 2])
+def test_a_save_that_was_cut_off_is_as_if_it_had_not_begun(world, monkeypatch, num_renamed):
+    """Of the three files of the first save, the checkpoint must get its name last."""
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--out", "whole") == 0
+    replace = Path.replace
+    renamed = []
+
+    def replace_or_stop(self, target):
+        if "new.tmp" in self.parts:
+            if len(renamed) == num_renamed:
+                raise KeyboardInterrupt
+            renamed.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_or_stop)
+    assert run_script(module, *words, "--out", "run") == 130
+    assert "state.pt" not in renamed
+    monkeypatch.setattr(Path, "replace", replace)
+    assert run_script(module, *words, "--out", "run", "--resume") == 0
+    assert kills.result("run") == kills.result("whole")
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(world, monkeypatch):
     module, words = training_commands(world)["refl"]
     assert run_script(module, *words, "--out", "whole") == 0

@@ -1,6 +1,6 @@
 """Do the gradients of two rounds agree, with each other and with the gradient of the reward?
 
-This is D-Fusion's argument in figures. If naive pairs teach little because they differ in
+This is D-Fusion's argument in numbers. If naive pairs teach little because they differ in
 everything, then their gradients point in a new direction every round. The gradient of the mean
 reward, which we want, is backpropagated through all of sampling.
 
@@ -8,7 +8,7 @@ Runs     DPO's gradient at the base model, on 8 prompts with attributes: 4 round
          without guidance (10 steps), and 3 rounds with guidance 5 (20 steps), each fused and naive.
          The reward's gradient over 2 x 64 images. Nothing is trained.
 Prints   a table by sampling step: the mean cosine between rounds, and to the reward's gradient
-         with its standard error; and how well that gradient is known, by its two halves.
+         with its standard error; and how well two halves of that gradient agree.
 Took     about six minutes on one CPU core, as estimated from a training run's speed.
 """
 

@@ -1,12 +1,12 @@
 """Is a fused target the base's scene with the reference's item, and do the masks find the items?
 
-D-Fusion's Figure 9: which layers and which steps to fuse. Everything is made with the base model,
+D-Fusion's Figure 9: which layers and which steps to fuse. Everything uses the base model,
 and nothing is trained.
 
 Runs     for each of two lists of prompts, 8 of its 40 training prompts x 16 images (seed 0, 20
-         steps, guidance 5). Of each prompt 8 pairs, fused in 8 ways.
-Prints   for each list a table of base, reference and targets: the reward, the share of targets
-         that are adopted, the oracle's verdict, and how far an image is from its base. Also how
+         steps, guidance 5). For each prompt, 8 pairs, fused in 8 ways.
+Prints   for each list, a table of base, reference and targets: the reward, the share of targets
+         adopted, the oracle's verdict, and how far an image is from its base. Also how
          much of the objects the masks cover.
 Draws    dfusion_pairs.png, a row per prompt: base | reference | the targets in the table's order.
 Took     about six minutes on one CPU core, as estimated from a training run's speed.
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def measure_pairs(out):
-    """-> the lines of the tables, read from pairs.md if they were made before."""
+    """-> the lines of the tables, read from pairs.md if it exists."""
     if (out / "pairs.md").exists():
         return (out / "pairs.md").read_text().split("\n")
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def plan_of(args, model):
 
 
 def noise_of(p, images):
-    """New generators of the noise of some images of prompt p."""
+    """New noise generators for some images of prompt p."""
     return [generator(0, "pairs", p, int(k)) for k in images]
 
 

@@ -4,8 +4,8 @@ And section 4.4's ablation: what if the trajectories come from DDIM inversion?
 
 Runs     21 of dfusion_dpo.py: DPO, DDPO and DPOK, each fused and naive, and DPO with inverted
          trajectories; seeds 0 to 2; 32 updates, which are 16 rounds of 64 images. Then 8 images of
-         each of 40 unseen prompts after 16 and 32 updates, and of the base model, at seeds that
-         training never saw.
+         each of 40 unseen prompts after 16 and 32 updates, and of the base model, with seeds that
+         training never used.
 Prints   a table of the change from the base model, and fused minus naive for each seed.
 Draws    dfusion_training.png: two metrics over the images that went through the U-Net.
 Took     about 2 minutes per run on a CPU core.
@@ -76,7 +76,7 @@ def subtract(row, base):
 
 
 class UnseenPrompts:
-    """Measures a snapshot on unseen prompts, at seeds that training never saw."""
+    """Measures a snapshot on unseen prompts, with seeds that training never used."""
 
     def __init__(self, out, run):
         items = f"{ROOT}/data/dfusion_toy.json"

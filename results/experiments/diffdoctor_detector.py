@@ -1,13 +1,13 @@
 """What does each kind of data add to a detector? DiffDoctor's Table 1.
 
-The first labels know no well-formed star: every star in them is malformed. So the detector calls
-every star wrong. Photographs, hard cases that a person corrects, and pseudo labels mend that. The
-person knows the truth: it is the map of what we drew wrong.
+The first labels contain no well-formed star, so the detector flags every star. Photographs, hard
+cases corrected by a person, and pseudo labels fix that. The person is simulated: the corrected maps
+are the true maps of what we drew wrong.
 
-Runs     for seeds 0 to 2 four detectors, each from scratch with 1,000 updates, on ever more data:
+Runs     for seeds 0 to 2, four detectors, each from scratch with 1,000 updates, on ever more data:
          1,500 labeled images; 800 photographs (clean renders); up to 400 stars that the second
-         detector found hard among 2,400 images; and pseudo labels for the others of these. All of
-         the labeling loop runs through data/labels.py. 400 images are for testing.
+         detector found hard among 2,400 images; and pseudo labels for the rest of those images. The
+         whole labeling loop runs through data/labels.py. 400 images are for testing.
 Prints   which categories the detectors find abnormal; and a table of the metrics on test images,
          and of the mean confidence on test images without a mistake, stars and others. In percent.
 Took     one to six minutes per detector on two CPU cores.
@@ -62,7 +62,7 @@ def draw_scenes(folder):
     """Draws a labeled folder of scenes with at most one star -> the folder.
 
     Its images/ has a metadata.jsonl with categories, so it is an image folder, too. All but the
-    photographs bear a generator's marks.
+    photographs have a generator's marks.
     """
     if (folder / "meta.jsonl").exists():
         return folder
@@ -177,7 +177,7 @@ def climb(out, data, tester, seed):
 
 
 def train_detector(out, run, name, seed, data_flags):
-    """Trains a detector, unless it is there -> the folder with its weights."""
+    """Trains a detector unless it exists -> the folder with its weights."""
     folder = run / "model" / "detector"
     if not (folder / "model.safetensors").exists():
         shutil.rmtree(run, ignore_errors=True)
@@ -200,7 +200,7 @@ def run_labels(out, command, name, folder, *flags):
 
 
 def correct_maps(hard, pool):
-    """Does the person's work: puts the true maps in the place of the detector's."""
+    """Does the person's work: replaces the detector's maps with the true ones."""
     for row in read_lines(hard / "meta.jsonl"):
         shutil.copy(pool / "maps" / row["original"], hard / "maps" / row["file_name"])
 

@@ -2,11 +2,11 @@
 
 DiffDoctor's Table 2 and Figures 4 and 5, over long training: with and without the regularizer on
 real images, at the paper's t = 1 and with five steps that carry the gradient. toy/detector, which
-we train on, is one judge of artifacts, and toy/detector_b, which nothing is trained on, the other.
+we train on, is one judge of artifacts. toy/detector_b, which nothing is trained on, is the other.
 
 Runs     24 of diffdoctor.py treat: 8 kinds, seeds 0 to 2, from 40 to 720 updates without early
-         stopping. Then 2 images of each of 40 held-out prompts for every snapshot below, at the
-         seeds of the images before.
+         stopping. Then 2 images of each of 40 held-out prompts for every snapshot below, with the
+         seeds of the images before treatment.
 Prints   a table: both detectors' confidence in percent, the oracle's verdict and its count of
          things, diversity, drift, and the grain of the background.
 Draws    diffdoctor_over_updates.png; and diffdoctor_flux.png and diffdoctor_toy.png: images before
@@ -96,7 +96,7 @@ def run_of(out, kind, seed):
 
 
 def train_kind(out, kind, seed):
-    """Trains a run without early stopping, so that all snapshots are there."""
+    """Trains a run without early stopping, so that all snapshots exist."""
     model_name, steps, *flags = KINDS[kind]
     name = run_of(out, kind, seed).name
     train(

@@ -1,11 +1,11 @@
-"""Does treating keep what a LoRA has learned from six pictures? DiffDoctor's section 4.3.
+"""Does treatment keep what a LoRA has learned from six pictures? DiffDoctor's section 4.3.
 
 A DreamBooth LoRA learns "a [v] star", a purple one, beside other stars. Then it is treated against
 artifacts. Is the purple star still there in unseen prompts?
 
-Runs     for seeds 0 to 2 a LoRA of 150 updates, and two runs of diffdoctor.py treat that start from
-         it, with gamma 0 and 0.25, 60 updates. Then 2 images of each of 30 unseen prompts, such as
-         "a yellow circle above a [v] star", after 0, 30 and 60 updates. Guidance 4 throughout.
+Runs     for seeds 0 to 2, a LoRA of 150 updates, and two runs of diffdoctor.py treat that start
+         from it, with gamma 0 and 0.25, 60 updates. Then 2 images of each of 30 unseen prompts,
+         such as "a yellow circle above a [v] star", after 0, 30 and 60 updates. Guidance is 4.
 Prints   a table as in diffdoctor_treatment.py, and "instance", the share of images with a purple
          star, by the oracle's nearest reading. The oracle reads "purple" where a prompt has "[v]".
 Draws    diffdoctor_dreambooth.png: the six pictures; then a row each of images before DreamBooth,

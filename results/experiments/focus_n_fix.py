@@ -1,14 +1,14 @@
-"""Does the regional term keep the rest of an image, at the same gain inside of the region?
+"""Does the regional term preserve the rest of an image, at the same gain inside the region?
 
 Focus-N-Fix's claim, with DRaFT (beta 0) as the baseline, in two cases: artifacts, where the region
 is a detector's heat map, and an unwanted concept, "a red circle", where it is Grad-CAM's. DRaFT
-goes further in as many updates, so we compare the two at equal reward.
+goes further in the same number of updates, so we compare the two at equal reward.
 
 Runs     12 of focus_n_fix.py: 2 cases x 2 betas x seeds 0 to 2, 60 updates, a snapshot every 15.
          Then 2 images of each held-out prompt for the base model and every snapshot: 40 prompts,
          or for the concept those with "red", and 40 prompts without red as a control.
-Prints   for each case a table where the reward first reaches what both reach, on straight lines
-         between snapshots, and a table after 60 updates.
+Prints   for each case, a table at the point where the reward first reaches what both reach,
+         interpolated linearly between snapshots, and a table after 60 updates.
 Draws    equal_reward.png, three metrics over the reward; and focus_n_fix.png, six held-out images
          at about equal reward: I0 | M | I | 3 x the difference.
 Took     2 to 4 minutes per run, two at a time on two CPU cores.
@@ -118,10 +118,10 @@ def read_folder(folder):
 
 
 class RegionJudges:
-    """The regions of the base model's images, and what a tuned image gains in and outside of them.
+    """The regions of the base model's images, and what a tuned image gains inside and outside them.
 
-    The networks are shared by all jobs, and Grad-CAM hangs a hook on one of them. So one job at a
-    time may use them.
+    The networks are shared by all jobs, and Grad-CAM attaches a hook to one of them. So only one
+    job at a time may use them.
     """
 
     def __init__(self):
@@ -172,7 +172,7 @@ class RegionJudges:
         )
 
     def concept_rewards(self, images, prompts, base, mask):
-        """The tuned image inside of the region alone, or outside of it alone, is an image, too."""
+        """The tuned image only inside the region, or only outside it, is also an image."""
         inside = torch.where(mask > 0, images, base)
         outside = torch.where(mask > 0, base, images)
         return dict(
@@ -250,7 +250,7 @@ def save_masks(folder, masks):
 
 
 def measure_unrelated(out, run, name, mode):
-    """The share of correct images of prompts that the concept has no part in."""
+    """The share of correct images for prompts that do not involve the concept."""
     guidance = ("--base_guidance_scale", 4) if mode == "base" else ()
     flags = ("--lora", run, "--mode", mode, *guidance)
     folder = sample_images(out, name, *flags, prompts=out / "unrelated.txt", num_images=2)
@@ -267,7 +267,7 @@ def measure_unrelated(out, run, name, mode):
 
 
 def at_reward(rows, level, field):
-    """`field` where the reward first reaches `level`, on straight lines between snapshots."""
+    """`field` where the reward first reaches `level`, interpolated between snapshots."""
     for before, after in zip(rows, rows[1:]):
         if after["reward"] >= level:
             share = (level - before["reward"]) / (after["reward"] - before["reward"])

@@ -1,18 +1,19 @@
 """What do combined generation, AIG and ImageReFL's training keep of reward and diversity?
 
 ImageReFL's Table 1 and Figures 5 and 9, beside the same seeds of ReFL. ImageReFL goes further than
-ReFL in as many updates, and at the paper's weight its diffusion loss hardly holds the toy model.
+ReFL in the same number of updates, and at the paper's weight its diffusion loss hardly restrains
+the toy model.
 So we also ask which of its snapshots is as diverse as the last one of ReFL. We ask on training
 prompts and seed 0, and then compare on held-out prompts.
 
 Runs     refl.py's 3 runs, which it shares with the experiment refl, and 12 of imagerefl.py (240
          updates, seeds 0 to 2): its defaults, --diffusion_weight 1e-4, and two ablations. Then 8
          images of each of 40 held-out prompts per row: tuned, combined with 5 to 17 base steps, and
-         AIG; and to choose the snapshots 4 images of each of 40 training prompts.
-Prints   what the choice of snapshots is made from; the table; and the differences to ReFL at the
+         AIG. To choose the snapshots, also 4 images of each of 40 training prompts.
+Prints   what the choice of snapshots is based on; the table; and the differences from ReFL at the
          same switch points, paired by training seed.
 Draws    trade_off.png: each metric against diversity.
-Took     about 2.5 minutes per run on two CPU cores when nothing else ran. Images come on top.
+Took     about 2.5 minutes per run on two CPU cores when nothing else ran, plus the images.
 """
 
 import itertools

@@ -4,11 +4,11 @@ Runs     3 runs of `python refl.py` with its defaults (240 updates), seeds 0 to 
          each of 40 held-out prompts: of the base model with guidance 4 and without guidance, and
          of every snapshot of every run, without guidance. Real scenes of the same prompts are a
          row of their own, and the reference of frechet_toy.
-Prints   a table with a row per snapshot: toy_pref, which is trained on; toy_pref_b and toy_correct,
+Prints   a table with a row per snapshot: toy_pref, which we train on; toy_pref_b and toy_correct,
          which are not; diversity; and the distance to real scenes. Also the seconds per update.
 Draws    refl_over_training.png, the metrics over the updates, one line per seed; and refl.png,
          held-out prompts before and after training, seed 0.
-Took     4 to 5 minutes per run, two at a time on two CPU cores. Images come on top.
+Took     4 to 5 minutes per run, two at a time on two CPU cores. The images take extra time.
 """
 
 import json

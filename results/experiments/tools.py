@@ -7,8 +7,8 @@ Every experiment has a folder `out` of its own, with
   metrics/     what evaluate.py says of them
   table.md     the table, and beside it table.json with a value per training seed
 
-and draws its pictures into PICTURES. What exists is not made again, so an experiment that was
-interrupted goes on where it stopped.
+and draws its pictures into PICTURES. What exists is not made again, so an interrupted
+experiment resumes where it stopped.
 """
 
 import json
@@ -71,8 +71,8 @@ def together(jobs, function, calls):
 def train(out, name, script, *flags):
     """Trains the run out/name -> its folder.
 
-    A run that was interrupted is continued. One that was made with other numbers than those among
-    the flags is not this run: it is deleted and made anew.
+    An interrupted run is resumed. A run whose numbers differ from those among the flags is
+    deleted and made again.
     """
     run = out / name
     config = {}
@@ -206,7 +206,7 @@ def mean(values):
 
 
 def format_mean(values, digits=3, sign=""):
-    """The mean of one value per seed, and behind the ± their standard deviation."""
+    """The mean of one value per seed, followed by ± their standard deviation."""
     text = f"{mean(values):{sign}.{digits}f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
@@ -277,6 +277,6 @@ def save_figure(figure, name, dpi):
 
 
 def shrink(path):
-    """Puts a PNG of 256 colors in the place of a PNG."""
+    """Replaces a PNG with a PNG of 256 colors."""
     image = Image.open(path).convert("RGB")
     image.quantize(256, kmeans=1).save(path, optimize=True)
