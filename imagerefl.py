@@ -52,7 +52,8 @@ from run_folder import run_name, settings_for, settings_parser
 
 NAME = "imagerefl"  # names the run folder and the progress bar; change it in a fork
 # From section 5; start and mid are from the code, where ImageReFL runs 40 "epochs" of 100 updates.
-# lora_rank 0, which is full fine-tuning, and its learning rate are the paper's.
+# lora_rank 0, which is full fine-tuning, and its learning rate are the paper's. Nothing reads PAPER
+# but OURS and the printed settings, which show where we depart from it.
 PAPER = {
     "sd15": dict(
         train_steps=4000, batch_size=32, resolution=512, lr=3e-4, lora_rank=0,
@@ -117,6 +118,7 @@ def parse_args(argv=None):
     # The toy world has more training prompts than its images have captions.
     if args.prompts is None and args.data == f"{TOY}/images":
         args.prompts = f"{TOY}/prompts_train.txt"
+    # split_reward exits if there is no such reward.
     split_reward(args.reward)
     if not 0 <= args.start <= args.first_mid <= args.last_mid < args.num_inference_steps:
         parser.error("0 <= start <= first_mid <= last_mid < num_inference_steps must hold")
@@ -178,7 +180,9 @@ def main(args):
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-2, fused=True
     )
 
-    # How images are sampled during and after training. config.json keeps this for other scripts.
+    # How held-out images are sampled, and later those of combined_sample.py, which reads this from
+    # config.json. A fork with guidance or DDIM must also pass guidance_scale, uncond or eta to
+    # sample() and denoise() in the loop.
     sampler = dict(scheduler="ddpm", eta=1.0)
     sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=1.0)
     scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
@@ -231,7 +235,8 @@ def main(args):
             start_step = 0
 
         # Denoise up to step mid, the whole batch at once and without gradients. Each image's
-        # generator also supplies its step noise. Folding in the LoRA makes this faster.
+        # generator also supplies its step noise. In this block the LoRA is folded into the weights,
+        # which is faster.
         cond = condition(model, prompts)
         with merged(model):
             latents = sample(model, scheduler, start, cond, start_step, mid, noise_generators)
@@ -291,6 +296,7 @@ def main(args):
         if is_snapshot:
             run.save(step, model, params, optimizer)
 
+    # From the log, because a resumed run may have had nothing left to do.
     after = run.read_log()[-1]["test_reward"]
     print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
 

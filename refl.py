@@ -8,15 +8,17 @@ raise the reward of that image.
   latents = sample(x_T, steps 0 .. mid - 1)             no gradient, no guidance
   x0      = predict_x0(denoise(latents, t_mid), t_mid)  the one denoiser call with gradients
   r       = reward(decode(x0), prompt)                  through the frozen VAE and reward
-  loss    = -reward_scale * r'                          r' = (r - shift) / scale, see REWARDS; or,
+  loss    = -reward_scale * r'                          r' = (r - shift) / scale (rewards.py); or
   loss    = reward_scale * relu(2 - r)                  with --loss hinge, ImageReward's own loss
 
 We sample with ancestral DDPM steps and no guidance, both during and after training. FLUX takes
-Euler steps instead, with x0 = x_t - sigma v, and FLUX.1-dev gets a guidance scale of 1.
+Euler steps instead, with x0 = x_t - sigma v, and FLUX.1-dev gets a guidance scale of 1. The last
+DDPM timestep is 1, where the image hardly changes anymore, so the gradient there is small: compare
+mid and grad_norm in the log.
 
-Differences from ImageReFL's code, whose version of ReFL and whose settings we follow:
-1. We draw mid once per update, not once per micro-batch, so the steps before mid run on the whole
-   batch at once. With SD1.5, they take about 80% of the FLOPs.
+Differences from ImageReFL's code (we follow its version of ReFL and its settings):
+1. We draw mid once per update, not once per micro-batch, so the whole batch goes through the steps
+   before mid at once. With SD1.5, those steps take about 80% of the FLOPs.
 2. Adam's eps is 1e-15. With the loss scaled by 1e-3, gradients can approach or fall below the usual
    eps of 1e-8, which silently shrinks the learning rate. Check that grad_rms in the log stays well
    above eps.
@@ -24,7 +26,7 @@ Differences from ImageReFL's code, whose version of ReFL and whose settings we f
    the gradient scaling, so its weights move sqrt(2) times as far. To match, multiply --lr by 1.4.
 4. We train a LoRA by default. It fits on one GPU, and the base model is the same network with the
    LoRA switched off. --lora_rank 0 fine-tunes the whole denoiser, as the papers do.
-We take only the loss from ImageReward's own ReFL, which used lr 1e-5, batch 64 and 100 updates.
+From ImageReward's own ReFL (lr 1e-5, batch 64, 100 updates) we take only the hinge loss.
 
   $ python refl.py                                        # the toy world: minutes on two CPU cores
   $ python refl.py --model sdxl --reward hps              # one CUDA GPU; COCO's captions as prompts
@@ -47,7 +49,8 @@ from run_folder import run_name, settings_for, settings_parser
 
 NAME = "refl"  # names the run folder and the progress bar; change it in a fork
 # From ImageReFL's section 5 and its code, where ReFL runs 20 "epochs" of 100 updates. lora_rank 0,
-# which is full fine-tuning, and its learning rate are the paper's.
+# which is full fine-tuning, and its learning rate are the paper's. Nothing reads PAPER but OURS and
+# the printed settings, which show where we depart from it.
 PAPER = {
     "sd15": dict(
         train_steps=2000, batch_size=32, resolution=512, lr=3e-4, lora_rank=0,
@@ -118,6 +121,7 @@ def parse_args(argv=None):
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
 
+    # split_reward exits if there is no such reward.
     reward_name, _ = split_reward(args.reward)
     if args.loss == "hinge" and reward_name != "imagereward":
         parser.error("--loss hinge fits only the scale of --reward imagereward")
@@ -175,7 +179,9 @@ def main(args):
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-2, fused=True
     )
 
-    # How images are sampled during and after training. config.json keeps this for other scripts.
+    # How held-out images are sampled, and later those of combined_sample.py, which reads this from
+    # config.json. A fork with guidance or DDIM must also pass guidance_scale, uncond or eta to
+    # sample() and denoise() in the loop.
     sampler = dict(scheduler="ddpm", eta=1.0)
     if model.is_flow:
         sampler = dict(scheduler="euler", eta=0.0)
@@ -203,7 +209,8 @@ def main(args):
         t_mid = scheduler.timesteps[mid]
 
         # Denoise pure noise up to that step, the whole batch at once and without gradients. Each
-        # image's generator also supplies its step noise. Folding in the LoRA makes this faster.
+        # image's generator also supplies its step noise. In this block the LoRA is folded into the
+        # weights, which is faster.
         noise_generators = [generator(args.seed, "train", step, i) for i in range(args.batch_size)]
         noise = initial_latents(model, noise_generators)
         cond = condition(model, prompts)
@@ -256,6 +263,7 @@ def main(args):
         if is_snapshot:
             run.save(step, model, params, optimizer)
 
+    # From the log, because a resumed run may have had nothing left to do.
     after = run.read_log()[-1]["test_reward"]
     print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
 

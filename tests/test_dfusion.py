@@ -158,7 +158,7 @@ def test_prompts_files_are_read_or_refused_in_one_line(world):
     for lists, message in (
         (dict(train=["a star"], test=[]), "does not fit"),
         (dict(train=[dict(row, thresholds=[0.1, 0.2])], test=[]), "one threshold per item"),
-        (dict(train=[row, row], test=[]), "twice"),
+        (dict(train=[row, row], test=[]), "repeated"),
         (dict(train=[row]), "lacks a list"),
     ):
         Path("bad.json").write_text(json.dumps(dict(template=lists)))

@@ -182,12 +182,12 @@ def test_equal_loras_are_equal_bytes(world, tmp_path):
         "random_lora(make_trainable(model, 4))\n"
         "model.save(sys.argv[2])\n"
     )
-    for name in ("a", "b", "c"):
+    for name in ("a", "b"):
         words = [world.sd, tmp_path / name, ROOT, ROOT / "tests"]
         environment = {**os.environ, "PYTHONHASHSEED": str(ord(name))}
         subprocess.run([sys.executable, "-c", script, *words], env=environment, check=True)
-    files = [(tmp_path / name / LORA_FILE).read_bytes() for name in ("a", "b", "c")]
-    assert files[0] == files[1] == files[2]
+    files = [(tmp_path / name / LORA_FILE).read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
 
 
 def test_alpha_and_rank_are_those_of_the_file(world, tmp_path):
