@@ -29,12 +29,17 @@ Then inner_epochs updates of theta, each on all pairs at their trained steps:
 p is the plain guided model, even for steps that were fused. In a round's first update theta still
 equals theta_old, so log_ratio is 0. We keep its log p_theta as log p_theta_old for the others.
 log p is averaged over the latent elements, as in DDPO's and D3PO's code, so log ratios and margins
-are small: about 1e-3. Choose beta accordingly if you change the loss.
+are small: about 1e-3. A beta that is meant for summed log-probabilities must be multiplied by the
+number of elements, C h w.
 
-The loss stays near ln 2 (dpo) or 0 (ddpo, dpok) however well the model learns. Watch `reward` over
-the rounds, and the held-out `test_reward`. `accuracy` is the share of pairs and steps with
-log_ratio_a > log_ratio_b, and `margin` is the mean difference. Both are measured on the pairs
-that we train on, so they are 0.5 and 0 in the first update of every round and then rise.
+The loss stays near ln 2 (dpo) or 0 (ddpo, dpok) however well the model learns, and `reward` varies
+with the prompts of each round. So watch the held-out `test_reward`, and compare `reward` between
+runs at equal rounds only. `accuracy` is the share of pairs and steps with log_ratio_a >
+log_ratio_b, and `margin` is the mean difference. Both are measured on the pairs that we train on,
+so they are 0.5 and 0 in the first update of every round and then rise.
+
+What to expect on the toy world: targets look almost like their bases, score a little below them on
+average, and about half are adopted. The defaults gain little: see results/dfusion.md.
 
 Differences from the paper and from the authors' code, which samples and fuses but does not train:
 1. We merge masks with XOR and take maps from the first up block, as in the paper. The code merges
@@ -78,7 +83,7 @@ from run_folder import Run, check_out, chosen_model, held_out, print_settings, r
 from run_folder import run_name, save_grid, score, settings_for, settings_parser
 
 NAME = "dfusion_dpo"  # names the run folder and the progress bar; change it in a fork
-# Table 3: 4 x 160 images of 40 prompts per round, 25,600 in total. The LoRA rank is the code's.
+# Table 3: 4 x 160 images of 40 prompts per round, 25,600 in total. The LoRA rank is from the authors' code.
 PAPER = {
     "sd21": dict(
         train_steps=80, batch_size=640, images_per_prompt=16, inner_epochs=2, resolution=512,
@@ -149,8 +154,8 @@ def parse_args(argv=None):
         "--trajectory", choices=("recorded", "inversion"), default="recorded",
         help="inversion uses trajectories from DDIM inversion, the ablation in section 4.4",
     )
-    add("--beta", type=float, default=0.1, help="weight of the log ratio in Eq. 6")  # D3PO's
-    add("--kl_weight", type=float, default=0.01, help="weight of the KL in Eq. 9")  # DPOK's code
+    add("--beta", type=float, default=0.1, help="of dpo: weight in Eq. 6")  # D3PO's
+    add("--kl_weight", type=float, default=0.01, help="of dpok: weight in Eq. 9")  # DPOK's code
     add("--lr", type=float, help="learning rate of AdamW")
     add("--lora_rank", type=int, help="LoRA rank (alpha = rank); 0 trains the whole denoiser")
     add("--init_lora", help="start from this LoRA")
@@ -296,7 +301,7 @@ def ddim_step(scheduler, noise_pred, i, latents):
 
 
 def steps_with_noise(scheduler, steps):
-    """The ones among `steps` that add noise. A step without noise has no probability to train."""
+    """The subset of `steps` that adds noise. A step without noise has no probability to train."""
     bars = alpha_bars(scheduler)
     variance = ddim_variance(bars[:-1], bars[1:])
     return [i for i in steps if variance[i] > 0]
@@ -372,7 +377,8 @@ class CrossAttentionMaps:
     """A diffusers processor for cross-attention: the stock one, but it also keeps its maps.
 
     A map says how much each place in the image attends to each token. We keep the mean over heads,
-    for the last `batch_size` rows only. Under guidance, these are the rows with the prompt.
+    for the last `batch_size` rows only. Under guidance these are the rows with the prompt, which
+    `denoise` puts behind the unconditional ones.
     """
 
     stock = AttnProcessor2_0()
@@ -734,7 +740,7 @@ def finite_rewards(rewards_of_rounds):
 def find_thresholds(args, model, scheduler, rows, plan, path):
     """Gives thresholds to the rows that have none, and shows the first 8 of them in a picture.
 
-    Each line of the picture at `path` shows a sample, its items' masks, and the merged mask.
+    Each row of the picture at `path` shows a sample, its items' masks, and the merged mask.
     """
     max_items = max(len(row["items"]) for row in rows)
     missing = [row for row in rows if "thresholds" not in row]
@@ -752,8 +758,8 @@ def find_thresholds(args, model, scheduler, rows, plan, path):
 
 def item_thresholds(maps):
     """Maps (B, steps, items, s, s) -> one threshold per item: a quantile of its map's values."""
-    numbers_of_items = maps.transpose(0, 2).flatten(1)
-    quantiles = numbers_of_items.quantile(MASK_QUANTILE, 1)
+    values_per_item = maps.transpose(0, 2).flatten(1)
+    quantiles = values_per_item.quantile(MASK_QUANTILE, 1)
     return [float(f"{quantile:.3g}") for quantile in quantiles]
 
 
@@ -762,7 +768,7 @@ def mask_pictures(image, maps, thresholds, merge, max_items):
     pictures = [image]
     for k, threshold in enumerate(thresholds):
         pictures.append(shade(image, merge_masks(maps[:, [k]], [threshold], merge)))
-    # Prompts may have different numbers of items, but all lines of a grid are equally long.
+    # Prompts may have different numbers of items, but all rows of a grid must have one length.
     num_blanks = max_items - len(thresholds)
     pictures += [torch.ones_like(image)] * num_blanks
     pictures.append(shade(image, merge_masks(maps, thresholds, merge)))
@@ -917,8 +923,8 @@ def main(args):
     params = make_trainable(
         model, args.lora_rank, args.seed, args.checkpointing, args.compile, args.init_lora
     )
-    # eps is Table 3's 1e-8, not the 1e-15 of refl.py. A weight whose gradient is that small hardly
-    # moves, so the scale of the loss (beta, for example) matters.
+    # eps is Table 3's 1e-8, where refl.py has 1e-15. It damps gradients near or below 1e-8, so the
+    # scale of the loss (beta, for example) changes the size of the steps.
     optimizer = torch.optim.AdamW(
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, fused=True
     )
@@ -928,7 +934,7 @@ def main(args):
     scheduler = make_scheduler(model, sampler["scheduler"], num_steps)
     trained_steps = steps_with_noise(scheduler, trained_steps)
     if not trained_steps:
-        sys.exit(f"--trained_steps {args.trained_steps}: nothing to train: no step adds noise")
+        sys.exit(f"--trained_steps {args.trained_steps}: none of these steps adds noise")
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
@@ -949,8 +955,8 @@ def main(args):
         before = held_out(run, model, reward, test_prompts, step=0)
         print(f"held-out {args.reward} before: {before:.4f}")
         print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
-        print("The loss stays near ln 2 = 0.693 (dpo) or 0 (ddpo, dpok) however well it learns:")
-        print("  read reward, and accuracy and margin in log.jsonl")
+        resting_loss = "ln 2 = 0.693" if args.algo == "dpo" else "0"
+        print(f"The loss stays near {resting_loss} however well the model learns: read test_reward")
 
     # The number of images that the denoiser has seen. With guidance each counts twice.
     passes = []
@@ -1011,8 +1017,8 @@ def main(args):
         if log_prob_old is None:
             log_prob_old = torch.cat(log_probs, 1).cpu()
 
-        # Update the weights, with the gradient's norm clipped to 1 (Table 3). A gradient with NaN
-        # or Inf never reaches them, nor does one from such rewards.
+        # Update the weights, with the gradient's norm clipped to 1 (Table 3). Skip the update if
+        # the gradient or the mean reward is NaN or Inf.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         is_finite = math.isfinite(grad_norm) and math.isfinite(pairs.stats["reward"])
         if is_finite:
@@ -1044,7 +1050,7 @@ def main(args):
             reward=f"{stats['reward']:.4f}", accuracy=f"{stats['accuracy']:.3f}"
         )
 
-        # Save the weights for the user, and a checkpoint to resume from, even in mid-round.
+        # Save the weights for the user, and a checkpoint to resume from, even mid-round.
         if is_snapshot:
             run.save(
                 step, model, params, optimizer,

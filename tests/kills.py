@@ -4,9 +4,9 @@ a run that nobody disturbed: weights, samples, log without its times and checkpo
   $ python tests/kills.py --kills 20                 # every training script, one line each
   $ python tests/kills.py --kills 20 --seed 1 refl treat
 
-A run is a fork of this process, in which libraries, model and judges are loaded already, so it takes
-seconds. Half of the kills come at the n-th file operation in the run folder, while files are opened,
-made, renamed or removed. The other half come after a random share of the run's time.
+A run is a fork of this process, in which libraries, model and judges are loaded already, so it
+takes seconds. Half of the kills come at the n-th file operation in the run folder, while files are
+opened, made, renamed or removed. The other half come after a random share of the run's time.
 """
 
 import argparse

@@ -133,7 +133,6 @@ def test_help_is_a_page_or_two_with_the_models_defaults(script, capsys):
         assert 5 < text.count("\n") <= 130
     if script == "refl.py":
         assert run_script(refl, "--model", "sdxl", "--help") == 0
-        assert re.search(r"--batch_size BATCH_SIZE\s+images per update \(default: 16\)", text) is None
         assert "(default: 16)" in capsys.readouterr().out
 
 
@@ -278,7 +277,8 @@ def test_config_json_names_the_commit_of_a_hub_model(world, tmp_path, monkeypatc
     words = [*words, "--model", "nobody/tiny@main", "--train_steps", 1, "--out", "run"]
     assert run_script(refl, *words) == 0
     config = json.loads(Path("run/config.json").read_text())
-    assert (config["model"], config["model_source"]) == ("nobody/tiny@main", f"nobody/tiny@{commit}")
+    assert config["model"] == "nobody/tiny@main"
+    assert config["model_source"] == f"nobody/tiny@{commit}"
 
 
 @pytest.mark.parametrize("harm", ["cut", "absent", "key", "shape"])
