@@ -47,10 +47,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import MODELS, TOY, base_model, condition, decode_in_parts, denoise, encode_once
-from common import find_lora, generator, initial_latents, load_lora, load_model, make_scheduler
-from common import merged, pick_device, sample, scheduler_step
-from data.prompts import read_prompts
+from common import MODELS, TOY, base_model, decode_in_parts, denoise, find_lora, generator
+from common import initial_latents, load_lora, load_model, make_scheduler, merged, pick_device
+from common import sample, scheduler_step
+from data.prompts import condition, encode_once, read_prompts
 from run_folder import readable_errors, save_grid, settings_for, settings_parser, to_pil
 
 # Defaults for images that no run's config.json describes. The base model's guidance is that of

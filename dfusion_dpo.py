@@ -73,17 +73,17 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tqdm import tqdm
 
-from common import ROOT, base_model, condition, decode_in_parts, denoise, encode_once, generator
-from common import initial_latents, load_model, make_scheduler, make_trainable, pick_device
-from common import predict_x0
+from common import ROOT, base_model, decode_in_parts, denoise, generator, initial_latents
+from common import load_model, make_scheduler, make_trainable, pick_device, predict_x0
 from data.items import read_items, token_span, write_items
-from data.prompts import read_prompts
+from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward
 from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
 from run_folder import run_name, save_grid, score, settings_for, settings_parser
 
 NAME = "dfusion_dpo"  # names the run folder and the progress bar; change it in a fork
-# Table 3: 4 x 160 images of 40 prompts per round, 25,600 in total. The LoRA rank is from the authors' code.
+# Table 3: 4 x 160 images of 40 prompts per round, 25,600 in total. The LoRA rank is from the
+# authors' code.
 PAPER = {
     "sd21": dict(
         train_steps=80, batch_size=640, images_per_prompt=16, inner_epochs=2, resolution=512,

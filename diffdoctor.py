@@ -43,13 +43,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
-from common import TOY, add_noise, condition, decode, denoise, diffusion_target, encode
-from common import encode_once, generator, initial_latents, load_model, make_scheduler
-from common import make_trainable, merged, pick_device, sample
+from common import TOY, add_noise, decode, denoise, diffusion_target, encode, generator
+from common import initial_latents, load_model, make_scheduler, make_trainable, merged
+from common import pick_device, sample
 from data.augment import augment
 from data.images import image_batches, image_data
 from data.labels import Labelled, overlay, read_labels
-from data.prompts import read_prompts
+from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, Detector, load_detector, load_reward
 from run_folder import Run, SettingsHelp, check_out, chosen_model, generate, print_settings
 from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser

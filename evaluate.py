@@ -64,9 +64,9 @@ from tqdm import tqdm
 from transformers import ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import ROOT, TOY, encode_once, generator, load_lora, load_model, pick_device, read_json
+from common import ROOT, TOY, generator, load_lora, load_model, pick_device, read_json
 from data.images import read_row, to_tensor
-from data.prompts import read_prompts
+from data.prompts import encode_once, read_prompts
 from rewards import MPS, UNREADABLE, PickScore, build_reward, explain, find_file, load_complete
 from rewards import load_detector, preprocess
 from run_folder import generate_batches, readable_errors, settings_parser, to_pil

@@ -48,10 +48,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import TOY, base_model, condition, decode, decode_in_parts, denoise, encode_once
-from common import generator, initial_latents, load_model, make_scheduler, make_trainable, merged
-from common import pick_device, sample, scheduler_step
-from data.prompts import read_prompts
+from common import TOY, base_model, decode, decode_in_parts, denoise, generator, initial_latents
+from common import load_model, make_scheduler, make_trainable, merged, pick_device, sample
+from common import scheduler_step
+from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, Detector, PickScore, RewardRange, load_detector, load_reward
 from rewards import split_reward
 from run_folder import Run, check_out, chosen_model, generate, held_out, print_settings

@@ -41,11 +41,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import TOY, add_noise, condition, decode, denoise, diffusion_target, encode, encode_once
-from common import generator, initial_latents, load_model, make_scheduler, make_trainable, merged
+from common import TOY, add_noise, decode, denoise, diffusion_target, encode, generator
+from common import initial_latents, load_model, make_scheduler, make_trainable, merged
 from common import pick_device, predict_x0, sample
 from data.images import image_batches, image_data
-from data.prompts import read_prompts
+from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward, split_reward
 from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
 from run_folder import run_name, settings_for, settings_parser

@@ -39,10 +39,9 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import TOY, condition, decode, denoise, encode_once, generator, initial_latents
-from common import load_model, make_scheduler, make_trainable, merged, pick_device, predict_x0
-from common import sample
-from data.prompts import read_prompts
+from common import TOY, decode, denoise, generator, initial_latents, load_model, make_scheduler
+from common import make_trainable, merged, pick_device, predict_x0, sample
+from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward, split_reward
 from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
 from run_folder import run_name, settings_for, settings_parser

@@ -14,7 +14,6 @@ those of a run that was never stopped.
 import argparse
 import contextlib
 import json
-import math
 import re
 import shutil
 import sys
@@ -26,20 +25,9 @@ from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import (
-    FluxPipeline,
-    MODELS,
-    StableDiffusionPipeline,
-    condition,
-    decode_in_parts,
-    find_pipeline,
-    generator,
-    initial_latents,
-    make_scheduler,
-    merged,
-    read_json,
-    sample,
-)
+from common import MODELS, FluxPipeline, StableDiffusionPipeline, decode_in_parts, find_pipeline
+from common import generator, initial_latents, make_scheduler, merged, read_json, sample
+from data.prompts import condition
 
 # Settings that do not change the numbers may differ when a run is resumed.
 MAY_DIFFER = ("train_steps", "micro_batch", "checkpointing", "compile", "save_every")

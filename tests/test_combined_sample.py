@@ -12,8 +12,9 @@ from PIL import Image
 
 import combined_sample
 from combined_sample import mixed_prediction, parse_args, tuned_weight
-from common import TOY, base_model, condition, decode, denoise, generator, initial_latents
-from common import load_model, make_scheduler, make_trainable, sample
+from common import TOY, base_model, decode, denoise, generator, initial_latents, load_model
+from common import make_scheduler, make_trainable, sample
+from data.prompts import condition
 from run_folder import Run, generate
 
 SAMPLER = dict(scheduler="ddim", eta=0.5, num_inference_steps=4, guidance_scale=3.0)

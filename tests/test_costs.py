@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import combined_sample
 import evaluate
 import rewards
-from common import condition, decode, denoise, encode, load_model, make_trainable
+from common import decode, denoise, encode, load_model, make_trainable
+from data.prompts import condition
 
 T = 4  # --num_inference_steps of training_commands
 B = 2  # and its --batch_size

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 import diffdoctor
-from common import TOY, condition, decode, denoise, encode, generator, initial_latents
-from common import load_model, make_scheduler, make_trainable, sample, scheduler_step
+from common import TOY, decode, denoise, encode, generator, initial_latents, load_model
+from common import make_scheduler, make_trainable, sample, scheduler_step
+from data.prompts import condition
 from data import augment
 from data.labels import SPLITS, Labelled, read_labels
 from rewards import Detector, load_detector

@@ -13,8 +13,9 @@ from conftest import CPU, PROMPTS, random_lora, read_log, run_script
 from PIL import Image
 
 import focus_n_fix
-from common import TOY, condition, decode, denoise, generator, initial_latents, load_model
-from common import make_scheduler, make_trainable, sample
+from common import TOY, decode, denoise, generator, initial_latents, load_model, make_scheduler
+from common import make_trainable, sample
+from data.prompts import condition
 from focus_n_fix import LEVEL, Pool, Region, base_and_mask, change, concept_reward, draft
 from focus_n_fix import focus_loss, grad_cam, last_norm, problem_mask
 from rewards import load_detector, load_reward, preprocess

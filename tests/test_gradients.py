@@ -8,8 +8,9 @@ from conftest import CPU, PROMPTS, random_lora
 from diffusers import DDPMScheduler
 
 import refl
-from common import condition, generator, initial_latents, load_model, make_scheduler
-from common import make_trainable, merged, sample
+from common import generator, initial_latents, load_model, make_scheduler, make_trainable, merged
+from common import sample
+from data.prompts import condition
 from rewards import load_reward
 
 

@@ -8,8 +8,9 @@ from conftest import CPU, read_log, run_script
 
 import imagerefl
 import refl
-from common import add_noise, condition, diffusion_target, encode, generator, initial_latents
-from common import load_model, make_scheduler
+from common import add_noise, diffusion_target, encode, generator, initial_latents, load_model
+from common import make_scheduler
+from data.prompts import condition
 
 SHORT = "--num_inference_steps 6 --start 3 --first_mid 3 --last_mid 5".split()
 BATCH = "--batch_size 4 --micro_batch 2 --lora_rank 4 --device cpu".split()

@@ -14,8 +14,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import LORA_FILE, base_model, condition, decode, denoise, generator, initial_latents
-from common import load_lora, load_model, make_trainable, merged
+from common import LORA_FILE, base_model, decode, denoise, generator, initial_latents, load_lora
+from common import load_model, make_trainable, merged
+from data.prompts import condition
 from run_folder import generate
 
 T = torch.tensor(501)

@@ -6,9 +6,9 @@ import torch
 from conftest import CPU, PROMPTS
 from diffusers import DDIMScheduler, DDPMScheduler, FluxPipeline
 
-from common import add_noise, condition, decode, decode_in_parts, denoise, diffusion_target, encode
-from common import encode_once, generator, initial_latents, load_model, make_scheduler, predict_x0
-from common import sample
+from common import add_noise, decode, decode_in_parts, denoise, diffusion_target, encode
+from common import generator, initial_latents, load_model, make_scheduler, predict_x0, sample
+from data.prompts import condition, encode_once
 from run_folder import generate
 
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 # Run as a script: Python finds our modules in the repository's root.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import condition, decode_in_parts, denoise, generator, initial_latents, load_model
+from common import decode_in_parts, denoise, generator, initial_latents, load_model
 from common import make_scheduler, pick_device
-from data.prompts import read_prompts
+from data.prompts import condition, read_prompts
 from run_folder import generate, save_grid, to_pil
 from toy import oracle, quality
 from toy.training import ROOT

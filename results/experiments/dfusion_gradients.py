@@ -18,8 +18,8 @@ import json
 import torch
 
 import dfusion_dpo
-from common import decode, encode_once, generator, initial_latents, load_model, make_scheduler
-from common import make_trainable
+from common import decode, generator, initial_latents, load_model, make_scheduler, make_trainable
+from data.prompts import encode_once
 from data.items import read_items
 from rewards import load_reward
 

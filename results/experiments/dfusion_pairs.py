@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import dfusion_dpo
-from common import TOY, encode_prompts, generator, load_model, make_scheduler
+from common import TOY, generator, load_model, make_scheduler
+from data.prompts import encode_prompts
 from data.items import read_items
 from evaluate import Dino
 from rewards import load_reward

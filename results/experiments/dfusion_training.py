@@ -17,7 +17,8 @@ import re
 
 import torch
 
-from common import ROOT, encode_once, load_lora, load_model
+from common import ROOT, load_lora, load_model
+from data.prompts import encode_once
 from data.items import read_items
 from rewards import load_reward
 from run_folder import generate, save_grid, score

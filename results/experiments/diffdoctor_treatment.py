@@ -19,7 +19,8 @@ import json
 
 import torch
 
-from common import TOY, base_model, encode_once, load_lora, load_model
+from common import TOY, base_model, load_lora, load_model
+from data.prompts import encode_once
 from data.labels import overlay
 from rewards import load_detector
 from run_folder import generate, save_grid

@@ -16,10 +16,10 @@ Took     one to six minutes per treated run on two CPU cores, like diffdoctor_tr
 import numpy as np
 import torch
 
-from common import TOY, base_model, condition, encode, encode_once, generator, load_lora
-from common import load_model, make_scheduler, make_trainable
+from common import TOY, base_model, encode, generator, load_lora, load_model, make_scheduler
+from common import make_trainable
 from data.images import image_data
-from data.prompts import read_prompts
+from data.prompts import condition, encode_once, read_prompts
 from diffdoctor import offline_loss
 from run_folder import generate, save_grid, to_pil
 from toy.scenes import COLOURS, RELATIONS, SHAPES, parse_caption, render, sample_scene
