@@ -127,6 +127,18 @@ def find_tokenizer(folder, repo):
     return folder if os.path.isfile(f"{folder}/tokenizer_config.json") else repo
 
 
+def check_tokenizer(tokenizer, vocab_size, source):
+    """Raises ValueError if the vocabulary is missing: transformers would read all words as unknown.
+
+    A tokenizer may have somewhat fewer tokens than the text encoder has embeddings, as BLIP's does.
+    """
+    if not 0.9 * vocab_size <= len(tokenizer) <= vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, but its model {vocab_size}. "
+            "Is tokenizer.json, vocab.json or vocab.txt missing?"
+        )
+
+
 def read_weights(path):
     """A .safetensors file, or a torch checkpoint of plain tensors -> {name: tensor}."""
     if str(path).endswith(".safetensors"):
@@ -219,6 +231,7 @@ class PickScore:
     def __init__(self, model, processor, device, cosine=False):
         self.clip = load_complete(CLIPModel, model, dtype=judge_dtype(device)).to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
+        check_tokenizer(self.tokenizer, self.clip.config.text_config.vocab_size, processor)
         image_processor = CLIPImageProcessor.from_pretrained(processor)
         size = image_processor.size
         self.size = size.get("shortest_edge", size.get("height"))
@@ -386,6 +399,7 @@ class ImageReward:
         self.net["mlp"].float()
         source = find_tokenizer(Path(path).parent, "google-bert/bert-base-uncased")
         self.tokenizer = BertTokenizer.from_pretrained(source)
+        check_tokenizer(self.tokenizer, self.net["text"].config.vocab_size, source)
         self.raw = raw
         self.texts = {}  # prompt -> (token ids, attention mask)
 
@@ -448,6 +462,7 @@ class MPS:
             self.layers.append((cross, own))
         source = find_tokenizer(Path(path).parent, CLIP_VIT_H)
         self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        check_tokenizer(self.tokenizer, self.clip.config.text_config.vocab_size, source)
         self.size = self.clip.config.vision_config.image_size
         self.condition = self.text([self.CONDITION])[0][0]  # (77, D)
 

@@ -328,3 +328,13 @@ def test_detector_file(tmp_path):
     torch.save(state, file)
     with pytest.raises(SystemExit, match="--detector .*decode_head.classifier.bias is missing"):
         load_detector(file, CPU)
+
+
+@pytest.mark.parametrize("name", ["imagereward", "pick", "mps"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(name, weights, tmp_path):
+    """transformers makes one of a few special tokens then, to which all prompts look alike."""
+    folder, file = copy_of(weights, name, tmp_path)
+    for lost in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"):
+        (folder / lost).unlink(missing_ok=True)
+    with pytest.raises((SystemExit, ValueError, OSError), match="token|vocab"):
+        MPS(file, CPU) if name == "mps" else load(name, folder)

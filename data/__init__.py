@@ -1,0 +1,1 @@
+"""What goes into the scripts: prompts, images with captions, and artifact labels."""
