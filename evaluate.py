@@ -444,12 +444,13 @@ def build_network(name, source, device):
     if name == "toy_correct":
         return verdicts
     if name == "toy_pref_b":
-        return PickScore(source, source, device)
+        return PickScore(source, source, device, dtype=torch.float32)
     if name == "imagereward_raw":
-        reward = build_reward("imagereward", source, device)
+        reward = build_reward("imagereward", source, device, torch.float32)
         reward.raw = True
         return reward
-    return build_reward(name, source, device)
+    # Measuring wants more digits than training: fp32 on every device.
+    return build_reward(name, source, device, torch.float32)
 
 
 def load_network(name, source, device):

@@ -67,26 +67,30 @@ REWARDS = {
 }
 
 
-def build_reward(name, path, device):
-    """Builds one of REWARDS. path: a file or folder of weights, or None for the published ones."""
+def build_reward(name, path, device, dtype=None):
+    """Builds one of REWARDS. path: a file or folder of weights, or None for the published ones.
+
+    dtype: of the weights; by default bf16 on CUDA, which is fine for training, and fp32 on a CPU.
+    """
+    options = dict(device=device, dtype=dtype)
     if name == "toy_pref":
-        return PickScore(path or TOY / "pref", path or TOY / "pref", device)
+        return PickScore(path or TOY / "pref", path or TOY / "pref", **options)
     if name == "toy_clip":
-        return PickScore(path or TOY / "clip", path or TOY / "clip", device, cosine=True)
+        return PickScore(path or TOY / "clip", path or TOY / "clip", cosine=True, **options)
     if name == "hps":
         file = find_file(path, "HPS_v2.1_compressed.pt", "xswu/HPSv2")
-        return ClipScore("ViT-H-14", device, path=file, pad=True)
+        return ClipScore("ViT-H-14", path=file, pad=True, **options)
     if name == "pick":
         # PickScore was published without a processor, so it uses that of the CLIP it started from.
         processor = find_tokenizer(path, CLIP_VIT_H) if path else CLIP_VIT_H
-        return PickScore(path or "yuvalkirstain/PickScore_v1", processor, device)
+        return PickScore(path or "yuvalkirstain/PickScore_v1", processor, **options)
     if name == "imagereward":
-        return ImageReward(find_file(path, "ImageReward.pt", "THUDM/ImageReward"), device)
+        return ImageReward(find_file(path, "ImageReward.pt", "THUDM/ImageReward"), **options)
     file = find_file(path, "open_clip_model.safetensors") if path else None
     if name == "clip":
-        return ClipScore("ViT-B-32-quickgelu", device, tag="openai", path=file)
+        return ClipScore("ViT-B-32-quickgelu", tag="openai", path=file, **options)
     if name == "clip_h":
-        return ClipScore("ViT-H-14", device, tag="laion2b_s32b_b79k", path=file)
+        return ClipScore("ViT-H-14", tag="laion2b_s32b_b79k", path=file, **options)
     raise ValueError(f"no reward {name}")
 
 
@@ -228,8 +232,9 @@ class PickScore:
     cosine: leave out the scale. Text features are computed once per prompt.
     """
 
-    def __init__(self, model, processor, device, cosine=False):
-        self.clip = load_complete(CLIPModel, model, dtype=judge_dtype(device)).to(device)
+    def __init__(self, model, processor, device, cosine=False, dtype=None):
+        dtype = dtype or judge_dtype(device)
+        self.clip = load_complete(CLIPModel, model, dtype=dtype).to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         check_tokenizer(self.tokenizer, self.clip.config.text_config.vocab_size, processor)
         image_processor = CLIPImageProcessor.from_pretrained(processor)
@@ -273,7 +278,7 @@ class ClipScore:
     is one, defines the architecture.
     """
 
-    def __init__(self, name, device, tag=None, path=None, pad=False):
+    def __init__(self, name, device, tag=None, path=None, pad=False, dtype=None):
         import open_clip  # takes a second to import, so only its users pay for it
 
         if path is None:
@@ -287,7 +292,8 @@ class ClipScore:
         self.clip.load_state_dict(read_weights(path), assign=True)
         # The causal mask is the one buffer that no file contains.
         self.clip.attn_mask = torch.full(self.clip.attn_mask.shape, -torch.inf).triu(1)
-        self.clip.to(device, judge_dtype(device)).eval().requires_grad_(False)
+        self.dtype = dtype or judge_dtype(device)
+        self.clip.to(device, self.dtype).eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         self.device = device
         self.pad = pad
@@ -297,7 +303,7 @@ class ClipScore:
         text = torch.stack([self.text(prompt) for prompt in prompts])
         size = self.clip.visual.image_size[0]
         pixels = preprocess(images, size, CLIP_MEAN, CLIP_STD, pad=self.pad)
-        features = self.clip.encode_image(pixels.to(judge_dtype(self.device)))
+        features = self.clip.encode_image(pixels.to(self.dtype))
         return (F.normalize(features.float(), dim=-1) * text).sum(-1)
 
     @torch.no_grad()
@@ -394,8 +400,9 @@ class ImageReward:
     path: ImageReward.pt. A tokenizer beside it is used instead of the hub's.
     """
 
-    def __init__(self, path, device, raw=False):
-        self.net = build_blip_scorer(read_weights(path)).to(device, judge_dtype(device))
+    def __init__(self, path, device, raw=False, dtype=None):
+        dtype = dtype or judge_dtype(device)
+        self.net = build_blip_scorer(read_weights(path)).to(device, dtype)
         self.net["mlp"].float()
         source = find_tokenizer(Path(path).parent, "google-bert/bert-base-uncased")
         self.tokenizer = BertTokenizer.from_pretrained(source)

@@ -16,6 +16,7 @@ from random_weights import vit_feature
 from safetensors.torch import save_file
 
 import evaluate
+import rewards
 from common import TOY, generator, load_model, make_trainable
 from rewards import load_detector, load_reward
 from run_folder import generate, to_pil
@@ -328,3 +329,13 @@ def test_bad_folders_and_flags(tmp_path):
     for name, reason in (("gray", "more than 8 bits"), ("damaged", "cannot identify")):
         with pytest.raises(OSError, match=f"{name}.png: not a readable image .{reason}"):
             evaluate.read_image(tmp_path / f"{name}.png")
+
+
+def test_judges_measure_in_fp32_where_training_takes_bf16(monkeypatch):
+    """As on CUDA, where a judge in bf16 would be off by more than many a difference."""
+    monkeypatch.setattr(rewards, "judge_dtype", lambda device: torch.bfloat16)
+    for name in ("toy_pref", "toy_pref_b", "toy_clip"):
+        source = TOY / name.removeprefix("toy_")
+        assert evaluate.build_network(name, str(source), CPU).clip.dtype == torch.float32
+    reward, _ = rewards.load_reward("toy_pref", CPU)
+    assert reward.clip.dtype == torch.bfloat16

@@ -200,12 +200,13 @@ def test_every_name_means_its_published_weights(monkeypatch):
         monkeypatch.setattr(rewards, judge, lambda *args, **options: (*args, options))
     hps = Path("xswu/HPSv2/HPS_v2.1_compressed.pt")
     clip_h = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    usual = dict(device=CPU, dtype=None)
     assert {name: load_reward(name, CPU)[0] for name in NAMES} == {
-        "hps": ("ViT-H-14", CPU, dict(path=hps, pad=True)),
-        "pick": ("yuvalkirstain/PickScore_v1", clip_h, CPU, {}),
-        "imagereward": (Path("THUDM/ImageReward/ImageReward.pt"), CPU, {}),
-        "clip": ("ViT-B-32-quickgelu", CPU, dict(tag="openai", path=None)),
-        "clip_h": ("ViT-H-14", CPU, dict(tag="laion2b_s32b_b79k", path=None)),
+        "hps": ("ViT-H-14", dict(usual, path=hps, pad=True)),
+        "pick": ("yuvalkirstain/PickScore_v1", clip_h, usual),
+        "imagereward": (Path("THUDM/ImageReward/ImageReward.pt"), usual),
+        "clip": ("ViT-B-32-quickgelu", dict(usual, tag="openai", path=None)),
+        "clip_h": ("ViT-H-14", dict(usual, tag="laion2b_s32b_b79k", path=None)),
     }
 
 
