@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data.coco import captions
+from rewards import check_tokenizer
 
 
 def read_prompts(path, split="train"):
@@ -42,6 +43,7 @@ def encode_prompts(model, prompts, batch_size=64):
     The result always includes None, the unconditional prompt: zeros for SDXL, as in its pipeline,
     and the embedding of "" for the other models.
     """
+    check_tokenizers(model)
     encoded = {}
     unique_prompts = list(dict.fromkeys(prompts))
     for i in range(0, len(unique_prompts), batch_size):
@@ -51,6 +53,15 @@ def encode_prompts(model, prompts, batch_size=64):
             encoded[prompt] = tuple(part[k].cpu() for part in embeds)
         encoded[None] = tuple(part[0].cpu() for part in uncond_embeds)
     return encoded
+
+
+def check_tokenizers(model):
+    """Raises ValueError if a tokenizer has lost its vocabulary, which would make prompts alike."""
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(model.pipe, name, None)
+        if encoder is not None:
+            tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
+            check_tokenizer(tokenizer, encoder.config.vocab_size, model.source)
 
 
 def encode_batch(model, texts):

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import random_weights
 import torch
 from conftest import CPU, ROOT, read_log, read_weights_of_run, run_script, same_tensors
 from conftest import training_commands
@@ -23,6 +24,7 @@ import imagerefl
 import refl
 from common import TOY, load_model
 from data import coco, labels
+from data.prompts import condition
 from rewards import load_reward
 
 MODULES = {
@@ -313,6 +315,17 @@ def break_weights(path, harm):
         if harm == "key":
             del state[key]
         save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name, part", [("sd15", "tokenizer"), ("sdxl", "tokenizer_2")])
+def test_a_model_whose_tokenizer_lost_its_vocabulary_is_refused(tmp_path, name, part):
+    """transformers makes a tokenizer of a few special tokens then, and says nothing."""
+    folder = random_weights.write_pipeline(name, tmp_path / "model", full=False, seed=0)
+    assert condition(load_model(str(folder), CPU), ["a red circle"])
+    for lost in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (folder / part / lost).unlink(missing_ok=True)
+    with pytest.raises((SystemExit, ValueError), match="token|vocab"):
+        condition(load_model(str(folder), CPU), ["a red circle"])
 
 
 def test_code_beside_the_weights_is_never_run(world, tmp_path):
