@@ -227,3 +227,18 @@ def test_read_prompts(tmp_path):
             read_prompts(path)
     with pytest.raises(SystemExit, match="none.txt: No such file"):
         read_prompts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("name", ["dfusion_templates.json", "dfusion_toy.json"])
+def test_dfusions_prompt_lists_are_complete(name):
+    """Each list has 40 training prompts with items and thresholds, and 40 test prompts besides."""
+    lists = json.loads((ROOT / "data" / name).read_text())
+    for template in lists.values():
+        train = [row["prompt"] for row in template["train"]]
+        num_prompts = 80 if template is lists.get("both") else 40
+        assert len(set(train)) == len(set(template["test"])) == num_prompts
+        assert not set(train) & set(template["test"])
+        for row in template["train"]:
+            assert len(row["items"]) == len(row["thresholds"]) >= 1
+            assert all(item in row["prompt"] for item in row["items"])
+            assert all(0 < threshold < 0.2 for threshold in row["thresholds"])
