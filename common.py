@@ -192,7 +192,7 @@ def load_model(name, device, resolution=None, full=False):
     weight_files = [path.name for path in index_path.parent.rglob("*.safetensors")]
     if not weight_files:
         weight_files = list_repo_files(repo, revision=revision)
-    has_half = any(name.endswith(".fp16.safetensors") for name in weight_files)
+    has_half = any(file.endswith(".fp16.safetensors") for file in weight_files)
     options = dict(revision=revision, use_safetensors=True)
     options["variant"] = "fp16" if has_half and not full else None
 

@@ -1060,6 +1060,7 @@ def main(args):
                 theta_old=[p.cpu() for p in theta_old],
             )
 
+    # From the log, because a resumed run may have had nothing left to do.
     after = run.read_log()[-1]["test_reward"]
     print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
 

@@ -57,7 +57,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -65,7 +64,7 @@ from transformers import ViTModel
 from transformers.utils import logging as transformers_logging
 
 from common import ROOT, TOY, generator, load_lora, load_model, pick_device, read_json
-from data.images import read_row, to_tensor
+from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
 from rewards import MPS, UNREADABLE, PickScore, build_reward, explain, find_file, load_complete
 from rewards import load_detector, preprocess
@@ -287,18 +286,6 @@ def check_rows(path, rows):
             sys.exit(f"{path}: prompt_id {row['prompt_id']} has two texts, {texts}")
 
 
-def read_image(path):
-    """An image file -> (3, H, W) in [0, 1]. OSError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            # convert("RGB") would clip 16-bit gray to white.
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits per channel; save it with 8")
-            return to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: not a readable image ({error})") from error
-
-
 def read_batches(folder, rows, batch_size):
     """Yields images (B, 3, H, W) in [0, 1] and their rows.
 
@@ -307,7 +294,7 @@ def read_batches(folder, rows, batch_size):
     images = []
     rows_in_batch = []
     for row in rows:
-        image = read_image(Path(folder) / row["file_name"])
+        image = to_tensor(open_image(Path(folder) / row["file_name"]))
         is_full = len(images) == batch_size
         if images and (is_full or image.shape != images[0].shape):
             yield torch.stack(images), rows_in_batch
@@ -937,7 +924,7 @@ def check_captions(folders):
 def all_toy_images(folders):
     """Whether the first image of every folder has the size of the toy world's images."""
     for folder, rows in folders.items():
-        image = read_image(Path(folder) / rows[0]["file_name"])
+        image = to_tensor(open_image(Path(folder) / rows[0]["file_name"]))
         if image.shape[1:] != (TOY_SIZE, TOY_SIZE):
             return False
     return True

@@ -463,7 +463,8 @@ def main(args):
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
-    if run.resume(params, optimizer) is None:
+    run.resume(params, optimizer)
+    if run.start == 0:
         before = held_out(run, model, reward, test_prompts, step=0)
         print(f"held-out {args.reward} before: {before:.4f}")
         print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
@@ -479,8 +480,8 @@ def main(args):
         print(f"{len(areas)} pairs: the region is {areas.mean():.1%} of I0")
         print(f"  nothing is wrong in {num_empty} of them, and everything in {num_full}")
 
-    prefix = args.num_inference_steps - args.grad_steps
-    last_timesteps = scheduler.timesteps[prefix:].tolist()
+    num_prefix_steps = args.num_inference_steps - args.grad_steps
+    last_timesteps = scheduler.timesteps[num_prefix_steps:].tolist()
 
     steps = range(run.start + 1, args.train_steps + 1)
     progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
@@ -497,7 +498,8 @@ def main(args):
         uncond = condition(model, [None] * len(prompts))
         with merged(model):
             latents = sample(
-                model, scheduler, noise, cond, 0, prefix, None, args.guidance_scale, uncond
+                model, scheduler, noise, cond, 0, num_prefix_steps, None,
+                args.guidance_scale, uncond,
             )
 
         # Take the last steps with gradients, raise the reward and hold the rest of the image, one
@@ -565,6 +567,7 @@ def main(args):
         if is_snapshot:
             run.save(step, model, params, optimizer)
 
+    # From the log, because a resumed run may have had nothing left to do.
     after = run.read_log()[-1]["test_reward"]
     print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
 

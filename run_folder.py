@@ -129,9 +129,12 @@ def readable_errors(args):
             print(f"\ninterrupted{hint}", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, torch.OutOfMemoryError):
-            what = str(error).partition(" is free")[0]
+            # torch's message goes on for a page. Its first sentences say what did not fit.
+            what, is_free, _ = str(error).partition(" is free")
             advice = "Lower --micro_batch, then pass --checkpointing, then lower --batch_size"
-            sys.exit(f"\n{what} is free. {advice}{hint}")
+            if not hasattr(args, "checkpointing"):
+                advice = "Lower --micro_batch or --batch_size"
+            sys.exit(f"\n{what}{is_free}. {advice}{hint}")
         sys.exit(f"\n{error}{hint}")
 
 

@@ -23,6 +23,23 @@ def to_tensor(image):
     return pil_to_tensor(image) / 255
 
 
+def open_image(path, mode="RGB", upright=False):
+    """Reads an image file -> PIL image in this mode.
+
+    upright: turn the image as its EXIF tag says. Raises an OSError that names the file if it is not
+    an image, or has more than 8 bits per channel, which Pillow would clip to white.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits per channel; save it with 8")
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path}: not a readable image ({error})") from error
+
+
 def read_row(line, folder):
     """One line of metadata.jsonl -> (image path, caption). Raises ValueError if it is wrong."""
     try:
@@ -81,15 +98,8 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, i):
         path, text = self.items[i]
-        try:
-            with Image.open(path) as image:
-                # convert("RGB") would clip 16-bit gray to white.
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError("more than 8 bits per channel; save it with 8")
-                upright = ImageOps.exif_transpose(image)
-                return to_tensor(square(upright, self.resolution)), text
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise OSError(f"{path}: not a readable image ({error})") from error
+        image = open_image(path, upright=True)
+        return to_tensor(square(image, self.resolution)), text
 
 
 def image_data(folder, resolution):

@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import pick_device
 from data.coco import write_atomically
-from data.images import image_batches, image_data, to_tensor
+from data.images import image_batches, image_data, open_image, to_tensor
 from rewards import load_detector
 from run_folder import SettingsHelp, readable_errors, settings_parser, to_pil
 
@@ -96,19 +96,12 @@ def parse_args(argv=None):
 def read_image(path, mode, size=None):
     """Reads an image file as "RGB" or "L" (gray) -> (3 or 1, H, W) in [0, 1].
 
-    size: squash the image to size x size pixels, as a detector sees it. Raises an OSError for files
-    that are not images or have more than 8 bits per channel, which Pillow would clip to white.
+    size: squash the image to size x size pixels, as a detector sees it.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits per channel; save it with 8")
-            image = image.convert(mode)
-            if size:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            return to_tensor(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: not a readable image ({error})") from error
+    image = open_image(path, mode)
+    if size:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return to_tensor(image)
 
 
 class Labelled(Dataset):

@@ -152,6 +152,17 @@ def test_every_default_model_has_settings_that_parse():
                     assert getattr(args, name) == value
 
 
+@pytest.mark.parametrize("script", ["refl.py", "imagerefl.py", "focus_n_fix.py", "dfusion_dpo.py"])
+def test_every_setting_of_a_model_has_its_flag(script, capsys):
+    """A key of OURS without a flag would be printed and saved, and change nothing."""
+    module = MODULES[script]
+    run_script(module, "--help")
+    text = capsys.readouterr().out
+    for row in module.OURS.values():
+        for name in row:
+            assert f"  --{name} " in text, name
+
+
 def world_free_prompts():
     Path("prompts.txt").write_text("a red circle\n")
     return "prompts.txt"
@@ -251,6 +262,7 @@ def test_out_of_memory_says_what_to_turn_down(world, monkeypatch):
     module, words = training_commands(world)["refl"]
     monkeypatch.setattr(refl, "refl_step", full)
     message = run_script(module, *words, "--out", "run")
+    # Only this much of torch's page.
     assert "1.02 GiB is free" in message and "Including" not in message
     flags = [message.index(flag) for flag in ("--micro_batch", "--checkpointing", "--batch_size")]
     assert flags == sorted(flags)

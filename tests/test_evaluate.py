@@ -328,7 +328,7 @@ def test_bad_folders_and_flags(tmp_path):
     (tmp_path / "damaged.png").write_bytes(b"damaged")
     for name, reason in (("gray", "more than 8 bits"), ("damaged", "cannot identify")):
         with pytest.raises(OSError, match=f"{name}.png: not a readable image .{reason}"):
-            evaluate.read_image(tmp_path / f"{name}.png")
+            evaluate.open_image(tmp_path / f"{name}.png")
 
 
 def test_judges_measure_in_fp32_where_training_takes_bf16(monkeypatch):

@@ -102,6 +102,13 @@ def test_the_calls_of_an_update(world, calls):
     assert calls == [(t[3], 2, True)] * 4
 
 
+def test_own_images_bring_their_own_prompts():
+    """Also on the toy model, whose prompts belong to its own images."""
+    assert imagerefl.parse_args([]).prompts.endswith("toy/prompts_train.txt")
+    assert imagerefl.parse_args(["--data", "my_images"]).prompts is None
+    assert imagerefl.parse_args(["--data", "my_images", "--prompts", "a"]).prompts == "a"
+
+
 def test_the_loss_adds_up(world):
     """The logged loss is the reward's part plus the weighted mse, also with uneven parts."""
     run = train(world, "run", "--train_steps", 3, "--diffusion_weight", 0.1, "--micro_batch", 3)
