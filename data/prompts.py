@@ -1,8 +1,8 @@
-"""The way of a prompt: from a file or COCO to the embeddings that the denoiser takes.
+"""Reads prompts from a file or COCO, and turns them into the embeddings that the denoiser takes.
 
   prompts = read_prompts("prompts.txt")      one prompt per line, or the captions of COCO
-  encode_once(model, prompts)                all embeddings of a run, and no text encoders after it
-  cond = condition(model, prompts)           what common.denoise takes, for a batch of prompts
+  encode_once(model, prompts)                encodes all prompts of a run, frees the text encoders
+  cond = condition(model, prompts)           the `cond` of common.denoise for a batch of prompts
 """
 
 import sys
@@ -56,7 +56,7 @@ def encode_prompts(model, prompts, batch_size=64):
 
 
 def check_tokenizers(model):
-    """Raises ValueError if a tokenizer has lost its vocabulary, which would make prompts alike."""
+    """Raises ValueError if a tokenizer has no vocabulary, because all prompts would look alike."""
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(model.pipe, name, None)
         if encoder is not None:
