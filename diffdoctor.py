@@ -51,7 +51,7 @@ from data.images import image_batches, image_data
 from data.labels import Labelled, overlay, read_labels
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, Detector, load_detector, load_reward
-from run_folder import Run, SettingsHelp, check_out, chosen_model, generate, print_settings
+from run_folder import Run, SettingsHelp, check_out, chosen_model, held_out_images, print_settings
 from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser
 
 NAME = "diffdoctor"  # names the run folder of `treat`; change it in a fork
@@ -517,15 +517,7 @@ def held_out_confidence(run, model, detector, reward, prompts, step, before=None
     different images of `before`. A picture in samples/ shows each image before and now with its
     map.
     """
-    images = generate(
-        model,
-        prompts,
-        run.args.seed,
-        run.sampler,
-        num_images,
-        run.args.micro_batch,
-        purpose="held-out",
-    )
+    images = held_out_images(run, model, prompts, num_images)
     if before is None:
         before = images
     maps = detect(detector, images, model.device)

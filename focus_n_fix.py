@@ -54,7 +54,7 @@ from common import scheduler_step
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, Detector, PickScore, RewardRange, load_detector, load_reward
 from rewards import split_reward
-from run_folder import Run, check_out, chosen_model, generate, held_out, print_settings
+from run_folder import Run, check_out, chosen_model, held_out, held_out_images, print_settings
 from run_folder import readable_errors, run_name, save_grid, settings_for, settings_parser
 
 NAME = "focus_n_fix"  # names the run folder and the progress bar; change it in a fork
@@ -416,14 +416,7 @@ def compare(run, model, prompts, base, mask, step):
 
     samples/region_*.png holds I0 | M | I | 3 |I - I0|, one row per prompt.
     """
-    images = generate(
-        model,
-        prompts,
-        run.args.seed,
-        run.sampler,
-        micro_batch=run.args.micro_batch,
-        purpose="held-out",
-    )
+    images = held_out_images(run, model, prompts, num_images=1)
     columns = [base, mask.expand_as(base), images, 3 * (images - base).abs()]
     pictures = torch.stack(columns, 1).flatten(0, 1)
     save_grid(pictures, run.dir / "samples" / f"region_{step:06d}.png", columns=len(columns))

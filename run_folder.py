@@ -197,17 +197,16 @@ def score(reward, images, prompts, batch_size=16):
     return torch.cat(rewards)
 
 
+def held_out_images(run, model, prompts, num_images):
+    """Samples held-out prompts, always with the same noise -> (N, 3, H, W) on the CPU."""
+    return generate(
+        model, prompts, run.args.seed, run.sampler, num_images, run.args.micro_batch, "held-out"
+    )
+
+
 def held_out(run, model, reward, prompts, step, num_images=2):
     """The mean reward of held-out prompts at fixed seeds. Their images go to samples/."""
-    images = generate(
-        model,
-        prompts,
-        run.args.seed,
-        run.sampler,
-        num_images,
-        run.args.micro_batch,
-        purpose="held-out",
-    )
+    images = held_out_images(run, model, prompts, num_images)
     save_grid(images, run.dir / "samples" / f"step_{step:06d}.png", columns=8)
     prompt_per_image = [prompt for prompt in prompts for _ in range(num_images)]
     return score(reward, images.to(model.device), prompt_per_image).mean().item()

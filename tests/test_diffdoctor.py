@@ -280,7 +280,7 @@ def test_the_last_100_prompts_are_held_out_without_test_prompts(world, monkeypat
 
 def test_held_out_stats_by_hand(monkeypatch):
     x, before = torch.rand(2, 4, 3, 8, 8, generator=generator(0, "images"))
-    monkeypatch.setattr(diffdoctor, "generate", lambda *_, **options: x)
+    monkeypatch.setattr(diffdoctor, "held_out_images", lambda *_: x)
     run = SimpleNamespace(args=SimpleNamespace(seed=0, micro_batch=8), sampler={}, dir=Path("."))
     Path("samples").mkdir()
 
