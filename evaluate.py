@@ -5,14 +5,16 @@ A folder holds images and a metadata.jsonl with one line per image:
   {"file_name": "00000_00.png", "text": "a red star", "prompt_id": 0, "seed": 0}
 
 "prompt_id" and "seed" are optional. combined_sample.py writes such folders, but the images can come
-from anywhere. A colon sets the weights of a metric, for example hps:FILE or mps:FOLDER.
+from anywhere. They are read as 8-bit RGB; transparency is dropped, and EXIF rotation is ignored. A
+colon sets the weights of a metric, for example hps:FILE or mps:FOLDER.
 
 Quality: the mean over prompts of the mean over the images of a prompt
   hps pick clip clip_h    HPSv2.1, PickScore, and CLIPScore of ViT-B/32 and ViT-H/14. Papers report
                           the cosines (all but PickScore) times 100; we do not
   imagereward             ImageReward; imagereward_raw is the same without its normalization
-  mps                     MPS, condition "overall". We choose its text tokens for each image, while
-                          the authors' code chooses them for each batch
+  mps                     MPS, condition "overall", with the threshold 0.01 for text tokens, as in
+                          ImageReFL; mps_0.3 has the threshold of its authors' evaluation. We choose
+                          the tokens for each image, ImageReFL's code for each batch
   toy_pref toy_clip       the rewards of the toy world
   toy_pref_b              a second judge with the same taste, which no training run ever sees
   toy_correct             the share of images that show what the caption says. toy/oracle.py reads
@@ -22,16 +24,16 @@ Quality: the mean over prompts of the mean over the images of a prompt
 Diversity
   dino_div                1 - cosine of the DINO features of two images, averaged over the pairs of
                           images of a prompt, then over prompts. Values from different --dino
-                          networks are not comparable. ImageReFL's code normalizes DINO's input
-                          as for CLIP; we do it as the network's own preprocessor says
+                          networks are not comparable. The network's own image processor prepares
+                          the images, while ImageReFL's code normalizes them as for CLIP
 
 Distance to the images of --reference, over all images and therefore without an interval
   fid                     Frechet distance of Inception features, with pytorch-fid's weights. It
                           needs more than 2,048 images on both sides
   frechet_toy             the same distance of toy/dino features, so it is not FID
-  cov_dist log_cov_dist   our own definition, after arXiv 2409.06493. Let l and m be the sorted
+  cov_dist log_cov_dist   our own definition, as there is no public one. Let l and m be the sorted
                           eigenvalues of the covariances of the two sets of DINO features:
-                          mean |l_i - m_i|, and mean |log l_i - log m_i|
+                          sqrt(sum (l_i - m_i)^2), and mean |log l_i - log m_i|
 
 Artifacts
   artifact_mean           the confidence of --detector that something is wrong, in [0, 1]: its
@@ -60,14 +62,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import ViTModel
+from transformers import AutoImageProcessor, ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import ROOT, TOY, generator, load_lora, load_model, pick_device, read_json
+from common import ROOT, TOY, generator, load_lora, load_model, pick_device, split_revision
 from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
 from rewards import MPS, UNREADABLE, PickScore, build_reward, explain, find_file, load_complete
-from rewards import load_detector, preprocess
+from rewards import load_detector
 from run_folder import generate_batches, readable_errors, settings_parser, to_pil
 from run_folder import write_atomically
 from toy.oracle import correct
@@ -78,7 +80,7 @@ from toy.scenes import parse_caption
 transformers_logging.set_verbosity_error()
 
 QUALITY = (
-    "hps", "pick", "imagereward", "imagereward_raw", "mps", "clip", "clip_h",
+    "hps", "pick", "imagereward", "imagereward_raw", "mps", "mps_0.3", "clip", "clip_h",
     "toy_pref", "toy_pref_b", "toy_clip", "toy_correct",
 )
 ARTIFACTS = ("artifact_mean", "artifact_max")  # the two columns of the detector's values
@@ -217,11 +219,13 @@ def frechet(a, b):
 def covariance_distances(a, b, floor=1e-8):
     """Features a (N, D) and b (M, D) -> (cov_dist, log_cov_dist), as defined at the top.
 
-    The features are normalized first. Eigenvalues below `floor` are rounding errors.
+    The features are normalized first. Eigenvalues below `floor` are rounding errors. ImageReFL
+    reports such distances without a formula or code. Of the readings that we tried, this one fits
+    the range of its tables best (results/metrics.md).
     """
     l = torch.linalg.eigvalsh(F.normalize(a.double(), dim=-1).T.cov())
     m = torch.linalg.eigvalsh(F.normalize(b.double(), dim=-1).T.cov())
-    cov_dist = (l - m).abs().mean()
+    cov_dist = (l - m).square().sum().sqrt()
     log_cov_dist = (l.clamp(min=floor).log() - m.clamp(min=floor).log()).abs().mean()
     return cov_dist.item(), log_cov_dist.item()
 
@@ -257,10 +261,9 @@ def read_folder(folder):
         if not line.strip():
             continue
         try:
-            read_row(line, Path(folder))
+            values = read_row(line, Path(folder))
         except ValueError as error:
             sys.exit(f"{path} line {number}: {error}")
-        values = json.loads(line)
         text = values["text"]
         prompt_id = str(values.get("prompt_id", text))
         seed = values.get("seed")
@@ -336,24 +339,22 @@ def check_pairs(first, other):
 class Dino:
     """The L2-normalized CLS token (B, D) of a ViT (Caron et al. 2021).
 
-    Images are preprocessed as the network's own preprocessor_config.json says.
+    The network's own image processor prepares the images. DINO's squashes them into a square.
     """
 
     def __init__(self, source, device):
-        processor, _ = read_json(source, "preprocessor_config.json")
-        size = processor["size"]
-        # Old files have a number, new ones {"height", "width"} or {"shortest_edge"}.
-        if isinstance(size, dict):
-            size = size.get("shortest_edge") or size["height"]
-        self.size = size
-        self.mean = processor["image_mean"]
-        self.std = processor["image_std"]
+        repo, revision = split_revision(source)
+        self.processor = AutoImageProcessor.from_pretrained(
+            repo, revision=revision or "main", trust_remote_code=False
+        )
         unused = ("pooler.", "classifier.")
         vit = load_complete(ViTModel, source, unused=unused, add_pooling_layer=False)
         self.vit = vit.to(device)
 
     def __call__(self, images, prompts=None):
-        pixels = preprocess(images, self.size, self.mean, self.std, floor_crop=True)
+        # Processors are made for 8-bit images, as files have them.
+        bytes_of_images = (images * 255).round().to(torch.uint8)
+        pixels = self.processor(bytes_of_images, return_tensors="pt").pixel_values
         cls_token = self.vit(pixels).last_hidden_state[:, 0]
         return F.normalize(cls_token, dim=-1)
 
@@ -426,8 +427,9 @@ def build_network(name, source, device):
         return artifacts(source, device)
     if name == "inception":
         return Inception(source, device)
-    if name == "mps":
-        return MPS(find_file(source, "model.safetensors", "RE-N-Y/mpsv1"), device)
+    if name in ("mps", "mps_0.3"):
+        file = find_file(source, ["model.safetensors"], "RE-N-Y/mpsv1")
+        return MPS(file, device, threshold=0.3 if name == "mps_0.3" else 0.01)
     if name == "toy_correct":
         return verdicts
     if name == "toy_pref_b":
@@ -444,7 +446,10 @@ def load_network(name, source, device):
     try:
         return build_network(name, source or None, device)
     except (*UNREADABLE, ImportError) as error:
-        sys.exit(f"{name}: cannot load its weights. {explain(error)}")
+        what = "cannot load its weights"
+        if source and not os.path.exists(source):
+            what = f"{source} is no file or folder here, nor a hub model that we can reach"
+        sys.exit(f"{name}: {what}. {explain(error)}")
 
 
 # --------------------------------------------------------------------------------------------------

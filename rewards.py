@@ -16,6 +16,7 @@ import pickle
 import re
 import sys
 import textwrap
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and MPS are built on it
+OPENAI_CLIP = "timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors"
+TRANSFORMERS_FILES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+OPEN_CLIP_FILES = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+MORE_THAN_TENSORS = "more than plain tensors; we never run code"
 # What the libraries raise if a weights file is missing, damaged or made for another network.
 UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
 
@@ -78,15 +83,15 @@ def build_reward(name, path, device, dtype=None):
     if name == "toy_clip":
         return PickScore(path or TOY / "clip", path or TOY / "clip", cosine=True, **options)
     if name == "hps":
-        file = find_file(path, "HPS_v2.1_compressed.pt", "xswu/HPSv2")
+        file = find_file(path, ["HPS_v2.1_compressed.pt"], "xswu/HPSv2")
         return ClipScore("ViT-H-14", path=file, pad=True, **options)
     if name == "pick":
         # PickScore was published without a processor, so it uses that of the CLIP it started from.
         processor = find_tokenizer(path, CLIP_VIT_H) if path else CLIP_VIT_H
         return PickScore(path or "yuvalkirstain/PickScore_v1", processor, **options)
     if name == "imagereward":
-        return ImageReward(find_file(path, "ImageReward.pt", "THUDM/ImageReward"), **options)
-    file = find_file(path, "open_clip_model.safetensors") if path else None
+        return ImageReward(find_file(path, ["ImageReward.pt"], "THUDM/ImageReward"), **options)
+    file = find_file(path, OPEN_CLIP_FILES) if path else None
     if name == "clip":
         return ClipScore("ViT-B-32-quickgelu", tag="openai", path=file, **options)
     if name == "clip_h":
@@ -119,11 +124,19 @@ def split_reward(spec):
 # Reading files, preparing images
 
 
-def find_file(path, filename, repo=None):
-    """The file that name:PATH refers to: PATH itself, or `filename` in PATH or on the hub."""
-    if path and os.path.isfile(path):
+def find_file(path, filenames, repo=None):
+    """The file that name:PATH refers to: PATH itself, or the first of `filenames` that is in PATH.
+
+    Without a path, it is the first of `filenames` in the repo on the hub.
+    """
+    if not path:
+        return Path(cached_file(repo, filenames[0]))
+    if os.path.isfile(path):
         return Path(path)
-    return Path(cached_file(path or repo, filename))
+    for filename in filenames:
+        if (Path(path) / filename).is_file():
+            return Path(path) / filename
+    raise FileNotFoundError(f"{path} has no {' or '.join(filenames)}")
 
 
 def find_tokenizer(folder, repo):
@@ -145,18 +158,40 @@ def check_tokenizer(tokenizer, vocab_size, source):
 
 def read_weights(path):
     """A .safetensors file, or a torch checkpoint of plain tensors -> {name: tensor}."""
+    check_weights_file(path)
     if str(path).endswith(".safetensors"):
         return load_file(path)
     try:
         # With weights_only, a checkpoint that contains code is rejected, never run.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} has more than plain tensors; we never run code") from error
+        raise ValueError(f"{path} has {MORE_THAN_TENSORS}") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
         raise ValueError(f"{path} contains no state dict")
     return state
+
+
+def check_weights_file(path):
+    """Raises ValueError for two kinds of file that people take for weights."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(23) == b"version https://git-lfs"
+    if is_pointer:
+        raise ValueError(
+            f"{path} is only a git-lfs pointer to the weights: run `git lfs pull` in its folder"
+        )
+    if not zipfile.is_zipfile(path):
+        return
+    # A torch checkpoint is a zip file too, but has no code in it.
+    with zipfile.ZipFile(path) as archive:
+        has_code = any("/code/" in name for name in archive.namelist())
+    if has_code:
+        raise ValueError(
+            f"{path} is a TorchScript archive, which contains code, and we never run code. Use a "
+            "file with the same weights only, such as a .safetensors file. OpenAI's CLIP has one "
+            f"on the hub: {OPENAI_CLIP}"
+        )
 
 
 def explain(error):
@@ -170,13 +205,24 @@ def load_complete(model_class, source, unused=(), **options):
     unused: prefixes of weights that the files may contain for parts that we do not build.
     """
     repo, revision = split_revision(source) if source is not None else (None, None)
-    net, report = model_class.from_pretrained(
-        repo,
-        revision=revision or "main",
-        use_safetensors=True,
-        output_loading_info=True,
-        **{"dtype": torch.float32, **options},
-    )
+    use_safetensors = True
+    if repo is not None and os.path.isfile(repo):
+        raise ValueError("it is a file; pass the folder with this file and its config.json")
+    if repo is not None and os.path.isdir(repo):
+        file = find_file(repo, TRANSFORMERS_FILES)
+        check_weights_file(file)
+        # Some older models have no safetensors. transformers does not run code in theirs, either.
+        use_safetensors = file.suffix != ".bin"
+    try:
+        net, report = model_class.from_pretrained(
+            repo,
+            revision=revision or "main",
+            use_safetensors=use_safetensors,
+            output_loading_info=True,
+            **{"dtype": torch.float32, **options},
+        )
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{source} has {MORE_THAN_TENSORS}") from error
     check_complete(report, model_class.__name__, unused)
     return net.eval().requires_grad_(False)
 
@@ -444,6 +490,9 @@ class MPS:
     then to each other, with rotary positions. The 16 heads of width 64 share one key and value, a
     SwiGLU runs in parallel with each attention, and no layer has a bias.
 
+    threshold: a text token is related if its closeness to the condition exceeds this share of the
+    closest token's. ImageReFL and the authors' model take 0.01, the authors' evaluation 0.3.
+
     path: model.safetensors in the layout of RE-N-Y/mpsv1, because the authors' own file is a
     pickle. A tokenizer beside it is used instead of the hub's.
     """
@@ -456,8 +505,9 @@ class MPS:
     CROSS_WEIGHTS = ("norm", "to_q", "to_kv", "to_out", "ff.0", "ff.2")
     SELF_WEIGHTS = ("norm", "fused_attn_ff_proj", "attn_out", "ff_out.1")
 
-    def __init__(self, path, device):
-        state = load_file(path)
+    def __init__(self, path, device, threshold=0.01):
+        self.threshold = threshold
+        state = read_weights(path)
         clip_state = take_prefix(state, "mps.model.")
         layers = take_prefix(state, "mps.cross_model.layers.")
         config = build_clip_config(clip_state)
@@ -494,12 +544,12 @@ class MPS:
         tokens, end = self.text(unique_prompts)
         tokens, end = tokens[order], end[order]
         closeness = (tokens @ self.condition.T).amax(-1)  # (B, 77), to the condition
-        mask = (closeness / closeness.amax(1, keepdim=True) > 0.01)[:, None, None]
+        is_related = closeness / closeness.amax(1, keepdim=True) > self.threshold
         pixels = preprocess(images, self.size, CLIP_MEAN, CLIP_STD, floor_crop=True)
         # We take the image tokens before the last norm: (B, 257, D).
         x = self.clip.visual_projection(self.clip.vision_model(pixels).last_hidden_state)
         for cross, own in self.layers:
-            x = cross_layer(x, tokens, mask, *cross)
+            x = cross_layer(x, tokens, is_related[:, None, None], *cross)
             # Key and value share one matrix, and have one head each.
             head_width = len(cross[2]) // 2
             x = self_layer(x, head_width, *own)
@@ -591,7 +641,9 @@ def build_clip_config(state):
 class Detector(torch.nn.Module):
     """Images (B, 3, H, W) in [0, 1] -> confidence (B, size, size) that something is wrong there.
 
-    The confidence is in [0, 1] and differentiable. Images are squashed into a square, not cropped.
+    The confidence is in [0, 1] and differentiable. Images are squashed into a square, not cropped,
+    and antialiased if they shrink, as the detector's training data is here. The authors' demo does
+    not antialias.
     """
 
     def __init__(self, net, size, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -659,7 +711,10 @@ def load_detector(source, device):
             size = processor["size"]["height"]
             detector = Detector(net, size, processor["image_mean"], processor["image_std"])
     except UNREADABLE as error:
-        sys.exit(f"--detector {source}: cannot load its weights. {explain(error)}")
+        what = "cannot load its weights"
+        if not os.path.exists(source):
+            what = "no such file or folder here, nor a hub model that we can reach"
+        sys.exit(f"--detector {source}: {what}. {explain(error)}")
     if detector.net.config.num_labels != 1:
         num_classes = detector.net.config.num_labels
         sys.exit(f"--detector {source}: it has {num_classes} classes; a detector has one")

@@ -26,8 +26,9 @@ def to_tensor(image):
 def open_image(path, mode="RGB", upright=False):
     """Reads an image file -> PIL image in this mode.
 
-    upright: turn the image as its EXIF tag says. Raises an OSError that names the file if it is not
-    an image, or has more than 8 bits per channel, which Pillow would clip to white.
+    Transparency is dropped: every pixel keeps the color stored in the file, also where it is fully
+    transparent. upright: turn the image as its EXIF tag says. Raises an OSError that names the file
+    if it is not an image, or has more than 8 bits per channel, which Pillow would clip to white.
     """
     try:
         with Image.open(path) as image:
@@ -41,7 +42,7 @@ def open_image(path, mode="RGB", upright=False):
 
 
 def read_row(line, folder):
-    """One line of metadata.jsonl -> (image path, caption). Raises ValueError if it is wrong."""
+    """One line of metadata.jsonl -> its dict. Raises ValueError if the image or text is wrong."""
     try:
         row = json.loads(line)
         name = Path(row["file_name"])
@@ -55,7 +56,7 @@ def read_row(line, folder):
         raise ValueError(f"{name} is outside the folder")
     if not (folder / name).is_file():
         raise ValueError(f"{name} is missing")
-    return folder / name, text
+    return row
 
 
 class ImageFolder(Dataset):
@@ -83,9 +84,10 @@ class ImageFolder(Dataset):
             if not line.strip():
                 continue
             try:
-                self.items.append(read_row(line, path.parent))
+                row = read_row(line, path.parent)
             except ValueError as error:
                 raise OSError(f"{path} line {number}: {error}") from error
+            self.items.append((path.parent / row["file_name"], row["text"]))
         if not self.items:
             raise OSError(f"{path}: it lists no images")
 

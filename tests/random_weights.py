@@ -475,15 +475,16 @@ def write_vit(folder):
         for p in network.parameters():
             p.data += 0.2 * torch.randn_like(p)
     network.save_pretrained(folder)
-    processor = dict(size=48, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    processor = dict(size=48, resample=2, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
 
 @torch.no_grad()
 def vit_feature(folder, image):
-    """The normalized CLS token (D,) of one image (3, H, W), a square in [0, 1]."""
-    x = F.interpolate(image[None], (48, 48), mode="bicubic", antialias=True)
+    """The normalized CLS token (D,) of one image (3, H, W) in [0, 1], squashed to 8-bit pixels."""
+    pixels = (255 * image[None]).round().to(torch.uint8)
+    x = T.Resize((48, 48), InterpolationMode.BILINEAR, antialias=True)(pixels) / 255
     x = T.Normalize([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])(x)
     network = ViTModel.from_pretrained(folder, add_pooling_layer=False)
     return F.normalize(network(x).last_hidden_state[0, 0], dim=0)
@@ -599,10 +600,10 @@ def rotary(x):
     return x * angle.cos() + torch.cat([-x[:, 32:], x[:, :32]], 1) * angle.sin()
 
 
-def mps_score(state, clip, text, condition, end, pixels):
+def mps_score(state, clip, text, condition, end, pixels, threshold):
     """MPS of one image (1, 3, H, W), from features of text and condition (77, D), and end (D,)."""
     closeness = (text @ condition.T).max(1).values
-    bias = torch.where(closeness / closeness.max() > 0.01, 0.0, -torch.inf)
+    bias = torch.where(closeness / closeness.max() > threshold, 0.0, -torch.inf)
     # A good test has text tokens of both kinds.
     assert 0 < (bias == 0).sum() < 77
     x = clip.vision_model(pixels).last_hidden_state[0] @ clip.visual_projection.weight.T
@@ -631,18 +632,23 @@ def mps_token_ids(folder, prompts):
 
 
 def separate_mps_words(folder, prompts, condition):
-    """Moves words that the condition lacks far away from it, so that they may not be attended."""
+    """Moves words that the condition lacks away from it, so that they may not be attended.
+
+    Every other word moves less far, to where the threshold decides.
+    """
     state = read_state(folder / FILES["mps"])
     words = state["mps.model.text_model.embeddings.token_embedding.weight"]
     known = set(mps_token_ids(folder, [condition]).flatten().tolist())
     ids = set(mps_token_ids(folder, prompts).flatten().tolist())
     shift = 2 * torch.randn(words.shape[1], generator=torch.Generator().manual_seed(0))
     words += shift
-    words[sorted(ids - known)] -= 2 * shift
+    others = sorted(ids - known)
+    words[others[::2]] -= 2 * shift
+    words[others[1::2]] -= 1.1 * shift
     write_state(state, folder / FILES["mps"])
 
 
-def mps_scores(folder, pixels, prompts, condition):
+def mps_scores(folder, pixels, prompts, condition, threshold=0.01):
     """MPS (B,) of normalized pixels (B, 3, H, W), with the small weights of a folder."""
     state = read_state(folder / FILES["mps"])
     clip_state = {}
@@ -657,7 +663,8 @@ def mps_scores(folder, pixels, prompts, condition):
     scores = []
     for i in range(len(prompts)):
         end = text[i, ids[i].argmax()]
-        scores.append(mps_score(state, clip, text[i], text[-1], end, pixels[i : i + 1]))
+        features = (text[i], text[-1], end)
+        scores.append(mps_score(state, clip, *features, pixels[i : i + 1], threshold))
     return torch.stack(scores)
 
 

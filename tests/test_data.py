@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import coco
+from data import coco, hpdv2
 from data.coco import Coco
 from data.images import ImageFolder, image_batches, image_data, square, to_tensor
 from data.prompts import read_prompts
@@ -173,6 +173,19 @@ def test_the_command(server, tmp_path):
     arguments = [sys.executable, ROOT / "data/coco.py", "--images", "2", "--out", __file__]
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and re.fullmatch(".*File exists.*\n", result.stderr)
+
+
+def test_hpdv2_prompts_are_written_once_each_and_on_one_line(tmp_path, monkeypatch):
+    rows = [dict(prompt=prompt, rank=[1, 0]) for prompt in ("a fox", "two\nlines", "a fox")]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+
+    def fake_hub(repo, filename, repo_type):
+        assert (repo, repo_type) == ("ymhao/HPDv2", "dataset")
+        return tmp_path / filename
+
+    monkeypatch.setattr(hpdv2, "hf_hub_download", fake_hub)
+    hpdv2.main(tmp_path / "prompts.txt")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a fox", "two lines"]
 
 
 def test_image_folder_and_batches(tmp_path):

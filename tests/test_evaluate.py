@@ -10,10 +10,12 @@ import pytest
 import random_weights
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from conftest import CPU, PROMPTS, random_lora, run_script
 from PIL import Image
 from random_weights import vit_feature
 from safetensors.torch import save_file
+from transformers import AutoImageProcessor, ViTModel
 
 import evaluate
 import rewards
@@ -39,7 +41,11 @@ def write_rows(folder, rows):
 
 
 def pixels_of(path):
-    pixels = np.asarray(Image.open(path), np.float32) / 255
+    return pixels_of_pil(Image.open(path))
+
+
+def pixels_of_pil(image):
+    pixels = np.asarray(image, np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -111,8 +117,65 @@ def test_covariance_distances_equal_numpys():
         spectra.append(np.sort(np.linalg.eigvals(covariance).real))
     distances = evaluate.covariance_distances(torch.tensor(a), torch.tensor(b))
     logs = np.log(np.maximum(spectra, 1e-8))
-    expected = (np.abs(spectra[0] - spectra[1]).mean(), np.abs(logs[0] - logs[1]).mean())
+    expected = (np.linalg.norm(spectra[0] - spectra[1]), np.abs(logs[0] - logs[1]).mean())
     assert distances == pytest.approx(expected)
+
+
+def test_cov_dist_reaches_the_values_of_imagerefls_table():
+    """Its Table 3 goes from .0052 to .0202. A mean over 384 dimensions is at most 2 / 384."""
+    num_directions = 384
+    narrow = torch.eye(num_directions)[:4].repeat(100, 1)
+    wide = torch.eye(num_directions).repeat(2, 1)
+    collapsed, _ = evaluate.covariance_distances(narrow, wide)
+    assert collapsed > 0.4
+    generated = torch.cat([wide, wide, narrow[:16]])
+    slightly, _ = evaluate.covariance_distances(generated, wide)
+    assert 0.005 < slightly < 0.02
+
+
+PROCESSORS = {
+    "as facebook/dino-vits16": dict(
+        feature_extractor_type="ViTFeatureExtractor", size=48, resample=2, do_resize=True
+    ),
+    "squash, bicubic": dict(
+        image_processor_type="ViTImageProcessor", size=dict(height=48, width=48), resample=3
+    ),
+    "crop": dict(
+        image_processor_type="BitImageProcessor",
+        size=dict(shortest_edge=56),
+        crop_size=dict(height=48, width=48),
+        resample=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
+@torch.no_grad()
+def test_dino_takes_the_settings_of_its_processor(settings, tmp_path):
+    folder = random_weights.write_vit(tmp_path)
+    content = dict(settings, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    coarse = torch.rand(1, 3, 5, 7, generator=generator(0, "pixels"))
+    image = to_pil(F.interpolate(coarse, (50, 133), mode="bicubic")[0].clamp(0, 1))
+    # PIL does here what these settings say.
+    if "crop_size" in settings:
+        image_there = image.resize((56 * 133 // 50, 56), Image.Resampling.BICUBIC)
+        left = (image_there.width - 48) // 2
+        image_there = image_there.crop((left, 4, left + 48, 52))
+    else:
+        image_there = image.resize((48, 48), Image.Resampling(settings["resample"]))
+    expected = vit_feature(folder, pixels_of_pil(image_there))
+    dino = evaluate.Dino(folder, CPU)
+    feature = dino(pixels_of_pil(image)[None])[0]
+    assert 1 - feature @ expected < 1e-5
+    # The library's processor, given the image itself.
+    official = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt").pixel_values
+    network = ViTModel.from_pretrained(folder, add_pooling_layer=False)
+    token = network(official).last_hidden_state[0, 0]
+    torch.testing.assert_close(feature, F.normalize(token, dim=0), rtol=0, atol=1e-6)
+    # Another processor would show.
+    wrong = vit_feature(folder, pixels_of_pil(image.crop((41, 0, 91, 50)).resize((48, 48))))
+    assert 1 - feature @ wrong > 1e-3
 
 
 def test_intervals():
@@ -321,6 +384,7 @@ def test_bad_folders_and_flags(tmp_path):
         ("drift", "needs two folders"),
         ("toy_clip --plot p.png", "--plot needs"),
         (f"dino_div --dino {tmp_path}", "dino: cannot load its weights"),
+        ("dino_div --dino toy/absent", "dino: toy/absent is no file or folder here, nor a hub"),
     ):
         assert message in message_of(*words.split())
     # PIL would turn a 16-bit gray image white.
@@ -329,6 +393,9 @@ def test_bad_folders_and_flags(tmp_path):
     for name, reason in (("gray", "more than 8 bits"), ("damaged", "cannot identify")):
         with pytest.raises(OSError, match=f"{name}.png: not a readable image .{reason}"):
             evaluate.open_image(tmp_path / f"{name}.png")
+    # Transparency is dropped, and nothing is composited.
+    Image.new("RGBA", (2, 2), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    assert evaluate.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_judges_measure_in_fp32_where_training_takes_bf16(monkeypatch):

@@ -132,15 +132,20 @@ def test_imagereward_is_blip(weights, tmp_path):
 
 @torch.no_grad()
 def test_mps_is_its_published_equations(weights, tmp_path):
-    folder, file = copy_of(weights, "mps", tmp_path)
+    folder, _ = copy_of(weights, "mps", tmp_path)
     random_weights.separate_mps_words(folder, PROMPTS, MPS.CONDITION)
     images = pictures(42, 57)
     processor = CLIPImageProcessor.from_pretrained(folder)
     pixels = processor(images, do_rescale=False, return_tensors="pt").pixel_values
     expected = mps_scores(folder, pixels, PROMPTS, MPS.CONDITION)
-    mps = MPS(file, CPU)
+    mps = evaluate.load_network("mps", folder, CPU)
     torch.testing.assert_close(mps(images, PROMPTS), expected, rtol=0, atol=2e-3)
     assert expected.std() > 0.1
+    # The authors' evaluation takes another threshold, with which fewer text tokens are seen.
+    strict = mps_scores(folder, pixels, PROMPTS, MPS.CONDITION, threshold=0.3)
+    own = evaluate.load_network("mps_0.3", folder, CPU)(images, PROMPTS)
+    torch.testing.assert_close(own, strict, rtol=0, atol=2e-3)
+    assert (strict - expected).abs().max() > 0.1
     # Every image keeps its own prompt where one comes twice.
     r = mps(images.flip(0), [PROMPTS[2], PROMPTS[2], PROMPTS[0]])
     torch.testing.assert_close(r[[2, 0]], expected[[0, 2]], rtol=0, atol=2e-3)
@@ -272,7 +277,7 @@ def test_code_in_a_checkpoint_is_never_run(name, weights, tmp_path):
     file.unlink()
     file = file if name != "pick" else folder / "pytorch_model.bin"
     torch.save(state, file)
-    refused(f"{name}:{folder}", "safetensors" if name == "pick" else "we never run code")
+    refused(f"{name}:{folder}", "we never run code")
     assert not Path("ran").exists()
     torch.load(file, weights_only=False)
     assert Path("ran").exists()
@@ -293,6 +298,56 @@ def test_wrong_names_and_files(weights, tmp_path):
         write_state(state, tmp_path / "mps.safetensors")
         with pytest.raises((KeyError, ValueError), match=name.split(".")[-1]):
             MPS(tmp_path / "mps.safetensors", CPU)
+
+
+OTHER_FILES = {"pick": "pytorch_model.bin", "clip_h": "open_clip_pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("name", list(OTHER_FILES))
+@torch.no_grad()
+def test_a_folder_with_a_torch_checkpoint(name, weights, tmp_path):
+    """Both were published as torch checkpoints too."""
+    folder, file = copy_of(weights, name, tmp_path)
+    expected = load(name, folder)(pictures(42, 57), PROMPTS)
+    state = read_state(file)
+    file.unlink()
+    torch.save(state, folder / OTHER_FILES[name])
+    r = load(name, folder)(pictures(42, 57), PROMPTS)
+    torch.testing.assert_close(r, expected, rtol=1e-5, atol=1e-5)
+    state.pop(next(key for key in state if "layer_norm1" in key or "ln_1" in key))
+    torch.save(state, folder / OTHER_FILES[name])
+    refused(f"{name}:{folder}", "ln_1" if name == "clip_h" else "layer_norm1")
+    (folder / OTHER_FILES[name]).unlink()
+    refused(f"{name}:{folder}", f"{folder} has no {file.name}", OTHER_FILES[name])
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1972443839\n"
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mps"])
+def test_a_git_lfs_pointer_is_named(name, weights, tmp_path):
+    """What a clone of a hub repository contains if git-lfs is not installed."""
+    folder, file = copy_of(weights, name, tmp_path)
+    file.write_text(POINTER)
+    with pytest.raises(SystemExit, match="only a git-lfs pointer to the weights: run `git"):
+        if name == "mps":
+            evaluate.load_network(name, folder, CPU)
+        else:
+            load(name, folder)
+
+
+def test_a_torchscript_archive_is_named(tmp_path, monkeypatch):
+    """OpenAI published ViT-B-32.pt as such an archive."""
+    archive = tmp_path / "ViT-B-32.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), archive)
+    # Nothing may load it.
+    monkeypatch.setattr(torch, "load", None)
+    monkeypatch.setattr(torch.jit, "load", None)
+    refused(f"clip:{archive}", "TorchScript archive", "safetensors", "timm/vit_base_patch32_clip")
+
+
+def test_pick_takes_a_folder(weights):
+    refused(f"pick:{weights / 'pick' / FILES['pick']}", "pass the folder")
 
 
 @torch.no_grad()
@@ -329,6 +384,24 @@ def test_detector_file(tmp_path):
     torch.save(state, file)
     with pytest.raises(SystemExit, match="--detector .*decode_head.classifier.bias is missing"):
         load_detector(file, CPU)
+    # Older models on the hub have no safetensors.
+    folder = tmp_path / "detector"
+    torch.save(read_state(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(load_detector(folder, CPU)(images), confidence)
+    for broken in (file, folder / "pytorch_model.bin"):
+        broken.write_text(POINTER)
+        with pytest.raises(SystemExit, match="--detector .*only a git-lfs pointer"):
+            load_detector(broken if broken == file else folder, CPU)
+
+
+@pytest.mark.parametrize("source", ["absent.pth", "toy/absent", "/absent/detector/model.pth"])
+def test_a_detector_that_is_not_there(source):
+    with pytest.raises(SystemExit) as stop:
+        load_detector(source, CPU)
+    message = stop.value.code
+    assert message.startswith(f"--detector {source}: no such file or folder here, nor a hub model")
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("name", ["imagereward", "pick", "mps"])
