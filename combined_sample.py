@@ -12,10 +12,12 @@ At step i of T, the tuned model has the weight w(i):
   --mode base       w = 0
   --mode tuned      w = 1
   --mode combined   w = 0 in the first --base_steps steps, then 1
-  --mode aig        w = i / T, annealed importance guidance (arXiv 2409.06493) with lambda = 1
+  --mode aig        w = (i / T) ** aig_power, annealed importance guidance (arXiv 2409.06493)
 
 The paper's base_steps, for T = 40: 10 (SD 1.5) and 20 (SDXL) for a model tuned with ReFL, 30 and 35
-for one tuned with ImageReFL. aig runs both models in every step but the first.
+for one tuned with ImageReFL. aig runs both models in every step but the first. The larger its
+power, the longer the base model leads. ImageReFL compares with power 1, at which AIG is about as
+diverse as ImageReFL, and AIG's code tries 1 to 5.
 
 Differences from the papers' code:
 1. AIG's code runs the base model without guidance, which by itself makes it worse. Here the base
@@ -83,8 +85,9 @@ def parse_args(argv=None):
     parser = settings_parser("combined_sample", __doc__)
     add = parser.add_argument
     add("--lora", help="run folder, LoRA folder or .safetensors file")
-    add("--mode", choices=("base", "tuned", "combined", "aig"), default="tuned", help="see above")
+    add("--mode", choices=("base", "tuned", "combined", "aig"), help="see above; default: tuned")
     add("--base_steps", type=int, nargs="+", help="for --mode combined: the base model's steps")
+    add("--aig_power", type=float, help="for --mode aig: the exponent of its weights; default: 1")
     add("--model", help=f"{', '.join(MODELS)}, a diffusers folder or hub id; the run's, or toy")
     add("--prompts", help="text file, one prompt per line; by default the run's held-out prompts")
     add("--num_images", type=int, default=5, help="images per prompt")
@@ -101,8 +104,15 @@ def parse_args(argv=None):
     add("--out", required=True, help="folder for the images, new or empty")
     args = parser.parse_args(argv)
 
+    run = read_run(args.lora)
+    # A run of focus_n_fix.py with --prefix base leaves its first steps to the base model.
+    if args.mode is None and args.base_steps is None and "base_steps" in run.get("sampler", {}):
+        args.mode = "combined"
+        args.base_steps = [run["sampler"]["base_steps"]]
+    if args.mode is None:
+        args.mode = "tuned"
     check_mode(parser, args)
-    fill_defaults(args, read_run(args.lora))
+    fill_defaults(args, run)
     if args.scheduler == "ddpm" and args.eta != 1:
         parser.error("--eta is for --scheduler ddim: ddpm always adds the noise of eta 1")
     if args.scheduler == "euler" and args.eta != 0:
@@ -127,6 +137,8 @@ def check_mode(parser, args):
         parser.error("--mode combined needs --base_steps")
     if args.mode != "combined" and args.base_steps:
         parser.error("--base_steps is for --mode combined")
+    if args.mode != "aig" and args.aig_power is not None:
+        parser.error("--aig_power is for --mode aig")
     if args.base_steps and len(set(args.base_steps)) < len(args.base_steps):
         parser.error("--base_steps: each number gets its own folder, so none may be repeated")
     if args.mode == "base" and args.guidance_scale is not None:
@@ -142,6 +154,8 @@ def fill_defaults(args, run):
         args.model = run.get("model", "toy")
     row = settings_for(BASE, args.model)
 
+    if args.aig_power is None:
+        args.aig_power = 1.0
     if args.prompts is None:
         args.prompts = run.get("test_prompts")
     if args.prompts is None and args.model in ("toy", "toy-flux"):
@@ -162,8 +176,9 @@ def fill_defaults(args, run):
     if args.guidance_scale is None:
         args.guidance_scale = sampler.get("guidance_scale", row["guidance_scale"])
     # Many runs train without guidance, but the base model needs it. Only a run that trains with
-    # guidance says how much.
-    if args.base_guidance_scale is None and sampler.get("guidance_scale", 1.0) > 1:
+    # guidance says how much, or one that itself samples from the base model.
+    says_how_much = sampler.get("guidance_scale", 1.0) > 1 or "base_steps" in sampler
+    if args.base_guidance_scale is None and says_how_much:
         args.base_guidance_scale = sampler["guidance_scale"]
     if args.base_guidance_scale is None:
         args.base_guidance_scale = row["base_guidance_scale"]
@@ -190,7 +205,7 @@ def mixed_prediction(
     return torch.lerp(base, tuned, w)
 
 
-def tuned_weight(mode, i, num_inference_steps, base_steps=0):
+def tuned_weight(mode, i, num_inference_steps, base_steps=0, aig_power=1.0):
     """w(i) in [0, 1], the tuned model's weight at step i = 0 .. num_inference_steps - 1."""
     if mode == "base":
         return 0.0
@@ -198,7 +213,31 @@ def tuned_weight(mode, i, num_inference_steps, base_steps=0):
         return 1.0
     if mode == "combined":
         return 0.0 if i < base_steps else 1.0
-    return i / num_inference_steps  # aig
+    return (i / num_inference_steps) ** aig_power  # aig
+
+
+def sample_mixed(
+    model, scheduler, latents, cond, uncond, weights, generators,
+    guidance_scale=1.0, base_guidance_scale=1.0, eta=0.0,
+):
+    """Takes all steps from x_T; weights[i] is the tuned model's at step i, and never decreases."""
+    # The steps that use the base model, alone or together with the tuned one.
+    switch = sum(w < 1 for w in weights)
+    for w, t in zip(weights[:switch], scheduler.timesteps):
+        noise_pred = mixed_prediction(
+            model, latents, t, cond, uncond, w, guidance_scale, base_guidance_scale
+        )
+        latents = scheduler_step(scheduler, noise_pred, t, latents, generators, eta)
+
+    # The rest is plain sampling from the tuned model. Here we can fold the LoRA into the weights,
+    # which is faster.
+    if switch < len(weights):
+        with merged(model):
+            latents = sample(
+                model, scheduler, latents, cond, switch, len(weights), generators,
+                guidance_scale, uncond, eta,
+            )
+    return latents
 
 
 # --------------------------------------------------------------------------------------------------
@@ -211,9 +250,9 @@ def sample_folder(model, prompts, args, out, base_steps=0):
     out.mkdir(parents=True, exist_ok=True)
     scheduler = make_scheduler(model, args.scheduler, args.num_inference_steps)
     num_steps = len(scheduler.timesteps)
-    weights = [tuned_weight(args.mode, i, num_steps, base_steps) for i in range(num_steps)]
-    # The weights never decrease, so from this step on the tuned model predicts alone.
-    switch = sum(w < 1 for w in weights)
+    weights = []
+    for i in range(num_steps):
+        weights.append(tuned_weight(args.mode, i, num_steps, base_steps, args.aig_power))
 
     jobs = [(i, k) for i in range(len(prompts)) for k in range(args.num_images)]
     rows = []
@@ -225,22 +264,10 @@ def sample_folder(model, prompts, args, out, base_steps=0):
         latents = initial_latents(model, generators)
         cond = condition(model, [prompts[i] for i, _ in batch])
         uncond = condition(model, [None] * len(batch))
-
-        # The steps that use the base model, alone or together with the tuned one.
-        for w, t in zip(weights[:switch], scheduler.timesteps):
-            noise_pred = mixed_prediction(
-                model, latents, t, cond, uncond, w, args.guidance_scale, args.base_guidance_scale
-            )
-            latents = scheduler_step(scheduler, noise_pred, t, latents, generators, args.eta)
-
-        # The rest is plain sampling from the tuned model. Here we can fold the LoRA into the
-        # weights, which is faster.
-        if switch < num_steps:
-            with merged(model):
-                latents = sample(
-                    model, scheduler, latents, cond, switch, num_steps, generators,
-                    args.guidance_scale, uncond, args.eta,
-                )
+        latents = sample_mixed(
+            model, scheduler, latents, cond, uncond, weights, generators,
+            args.guidance_scale, args.base_guidance_scale, args.eta,
+        )
 
         # Write the images. The grid shows at most eight prompts with eight images each.
         images = decode_in_parts(model, latents, args.micro_batch)

@@ -5,11 +5,12 @@ hold it to the base model's image wherever that image had no problem.
 
   I0      = decode(sample(x_T, steps 0 .. T-1))      the base model's image, without gradients
   M       = problem_mask(heat map of I0)             1 where I0 has a problem, else 0
-  latents = sample(x_T, steps 0 .. T-K-1)            the tuned model, from the same x_T and prompt
+  latents = sample(x_T, steps 0 .. T-K-1)            by --prefix, from the same x_T, no gradients
   I       = draft(latents)                           its last K = --grad_steps steps, with gradients
   change  = ||(1 - M) (I - I0)||_F / sqrt(n)         per image; n values lie outside the region
   penalty = sqrt(change^2 + LEVEL^2) - LEVEL         so an invisible change costs nothing
-  loss    = -(r' - beta * penalty)                   r' is r of the whole I, mapped to about [0, 1]
+  r'      = (r(I) - mean) / spread                   of the whole image; mean and spread of r(I0)
+  loss    = -(r' - beta * penalty)                   0 for the base model, on average
 
 All sampling is DDIM with eta 0. --beta 0 is DRaFT-K (Clark et al. 2024), the paper's baseline.
 
@@ -18,8 +19,8 @@ All sampling is DDIM with eta 0. --beta 0 is DRaFT-K (Clark et al. 2024), the pa
   --reward artifact    r = -(the mean confidence of --detector)
   --concept BAD GOOD   r = cos(image, GOOD) - cos(image, BAD), with the CLIP of --reward
 
-The authors released no code, and we had only the abstract and other people's summaries. K = 2, the
-LoRA rank of 64 and the regional term are the paper's. These choices are ours:
+The authors released no code, and we had only the abstract. The regional term is the paper's; K = 2
+and the LoRA rank of 64 are second-hand, from other people's summaries. These choices are ours:
 1. We divide the norm by sqrt(n), so that beta means the same at every resolution and mask size.
    A norm's gradient has unit length however small the norm is. At the start I - I0 is rounding
    noise, which the first updates would follow, so changes well below one 8-bit level do not count.
@@ -29,15 +30,19 @@ LoRA rank of 64 and the regional term are the paper's. These choices are ours:
 3. Pairs (prompt, x_T) come in turn from a finite --pool. We make their I0 and M once, before
    training, and keep them in memory: about 3 MiB per pair at 512 pixels. --pool 0 draws new pairs
    for every update, so it samples twice.
-4. The paper's rewards and maps are private. A detector, a CLIP and --concept stand in for them.
+4. The spread is the standard deviation of r over the base model's images of the first 64 pairs. So
+   beta means the same for every reward: how many standard deviations a change of 1 costs.
+5. --prefix base is our own variant, and the toy's default: the base model takes the first T - K
+   steps, in training and afterwards. With --prefix tuned, as in DRaFT, the tuned model changes
+   these steps, too, and no gradient says how. combined_sample.py samples as the run did.
+6. The paper's rewards and maps are private. A detector, a CLIP and --concept stand in for them.
 
   $ python focus_n_fix.py                               # the toy world: minutes on two CPU cores
-  $ python focus_n_fix.py --concept "a red star" "a blue star" --beta 3 --lr 3e-4
+  $ python focus_n_fix.py --concept "a red star" "a blue star" --prefix tuned --lr 3e-4
   $ python focus_n_fix.py --model sd14 --prompts captions.txt --detector detector_folder
-  $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --mode tuned --out images
+  $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --out images
 """
 
-import dataclasses
 import functools
 import math
 import sys
@@ -52,38 +57,39 @@ from common import TOY, base_model, decode, decode_in_parts, denoise, generator,
 from common import load_model, make_scheduler, make_trainable, merged, pick_device, sample
 from common import scheduler_step
 from data.prompts import condition, encode_once, read_prompts
-from rewards import REWARDS, Detector, PickScore, RewardRange, load_detector, load_reward
-from rewards import split_reward
-from run_folder import Run, check_out, chosen_model, held_out, held_out_images, print_settings
-from run_folder import readable_errors, run_name, save_grid, settings_for, settings_parser
+from rewards import REWARDS, Detector, PickScore, load_detector, load_reward, split_reward
+from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
+from run_folder import run_name, save_grid, score, settings_for, settings_parser
 
 NAME = "focus_n_fix"  # names the run folder and the progress bar; change it in a fork
-PAPER = {  # second-hand. Its main model is SD 1.4, and SDXL is the other
+PAPER = {  # second-hand: from summaries by others, not from the abstract. SD 1.4 is its main model
     "sd14": dict(grad_steps=2, lora_rank=64),
     "sdxl": dict(grad_steps=2, lora_rank=64),
 }
 SD = dict(
     PAPER["sd14"], train_steps=1000, batch_size=4, micro_batch=2, resolution=512, lr=2e-4,
-    num_inference_steps=50, guidance_scale=7.5, beta=0.5, dilate=20, pool=256,
+    num_inference_steps=50, guidance_scale=7.5, beta=15.0, dilate=20, pool=256,
 )
-OURS = {  # ours, except for the paper's two values
+OURS = {  # ours, except for these two values
     "sd14": SD,
     "sd15": SD,
     "sd21": SD,
     "sdxl": dict(
         PAPER["sdxl"], train_steps=1000, batch_size=4, micro_batch=1, resolution=1024, lr=2e-4,
-        num_inference_steps=50, guidance_scale=5.0, beta=0.5, dilate=40, pool=256,
+        num_inference_steps=50, guidance_scale=5.0, beta=15.0, dilate=40, pool=256,
     ),
     "toy": dict(
-        grad_steps=2, lora_rank=16, train_steps=120, batch_size=8, micro_batch=8, resolution=64,
-        lr=1e-3, num_inference_steps=10, guidance_scale=4.0, beta=0.5, dilate=3, pool=128,
+        grad_steps=2, prefix="base", lora_rank=16, train_steps=60, batch_size=8, micro_batch=8,
+        resolution=64, lr=1e-3, num_inference_steps=10, guidance_scale=4.0, beta=15.0, dilate=3,
+        pool=128,
         prompts=f"{TOY}/prompts_train.txt", test_prompts=f"{TOY}/prompts_test.txt",
     ),
 }
 THRESHOLD = dict(heatmap=0.2, saliency=0.5)
-ARTIFACT = RewardRange(-1.0, 0.0)  # the negative of a mean confidence
 LEVEL = 1 / 255  # one step of an 8-bit picture
+SPREAD_PAIRS = 64  # the pairs whose I0 gives the mean and the spread of the reward
 SHOWN = 8  # held-out images in the pictures I0 | M | I | difference
+WEIGHTS = dict(base=base_model, tuned=merged)  # what --prefix can name
 
 
 def parse_args(argv=None):
@@ -97,6 +103,7 @@ def parse_args(argv=None):
     add("--threshold", type=float, help="problems are above it; 0.2 for heatmap, 0.5 for saliency")
     add("--dilate", type=int, help="pixels by which the region grows on every side")
     add("--beta", type=float, help="weight of the change outside the region; 0 is DRaFT")
+    add("--prefix", choices=tuple(WEIGHTS), default="tuned", help="who takes the first T - K steps")
     add("--raw_norm", action="store_true", help="use the paper's norm, which needs another --beta")
     add("--pool", type=int, help="pairs of prompt and noise; 0 draws new ones for every update")
     add("--prompts", help="text file, one prompt per line")
@@ -166,8 +173,8 @@ def focus_loss(images, base, mask, r, beta, raw=False):
     images  I, what the tuned model makes: (B, 3, H, W) in [0, 1]
     base    I0, what the base model makes of the same prompt and x_T: (B, 3, H, W) in [0, 1]
     mask    M, 1 where I0 has a problem, so that the image may change, else 0: (B, 1, H, W)
-    r       r', the reward of the whole I, mapped to about [0, 1]: (B,)
-    beta    the weight of a change outside the region, relative to r'
+    r       r', the reward of the whole I in standard deviations of the base model's: (B,)
+    beta    the weight of a change outside the region: so many standard deviations for a change of 1
     raw     use the paper's own penalty, the plain norm
     """
     penalty = change(images, base, 1 - mask, raw)
@@ -327,6 +334,28 @@ def base_and_mask(model, scheduler, guidance_scale, region, micro_batch, noise, 
     return base, mask.cpu()
 
 
+@torch.no_grad()
+def sample_in_two(
+    model, scheduler, guidance_scale, num_prefix_steps, micro_batch, noise, prompts, prefix, tail
+):
+    """x_T (B, C, h, w) -> images (B, 3, H, W) on the CPU, from two models in turn.
+
+    prefix, tail: keys of WEIGHTS, for the first num_prefix_steps steps and for the rest.
+    """
+    cond = condition(model, prompts)
+    uncond = condition(model, [None] * len(prompts))
+    num_steps = len(scheduler.timesteps)
+    latents = noise
+    for weights, first, last in (
+        (prefix, 0, num_prefix_steps), (tail, num_prefix_steps, num_steps),
+    ):
+        with WEIGHTS[weights](model):
+            latents = sample(
+                model, scheduler, latents, cond, first, last, None, guidance_scale, uncond
+            )
+    return decode_in_parts(model, latents, micro_batch)
+
+
 class Pool:
     """The pairs (prompt, x_T) of a run, with I0 and M of each. They depend on (seed, pair) alone.
 
@@ -364,6 +393,14 @@ class Pool:
             base, mask = self.make_base(noise, prompts)
         return prompts, noise, base.to(self.model.device), mask.to(self.model.device)
 
+    def base_rewards(self, reward, num_pairs, batch_size):
+        """The rewards (num_pairs,) of I0 of the first pairs, from which r' gets its unit."""
+        rewards = []
+        for first in range(0, num_pairs, batch_size):
+            prompts, _, base, _ = self.batch(first, min(batch_size, num_pairs - first))
+            rewards.append(score(reward, base, prompts))
+        return torch.cat(rewards)
+
     def draw_prompts(self, pairs):
         prompts = []
         for pair in pairs:
@@ -391,38 +428,67 @@ def read_both_prompts(args):
 
 
 def load_judges(args, device):
-    """-> reward, its range, and the region, all frozen on the device."""
+    """-> the reward and the region, frozen on the device."""
     detector = load_detector(args.detector, device) if args.detector else None
     clip = None
     if args.reward == "artifact":
         reward = artifact_reward(detector)
-        reward_range = ARTIFACT
     else:
-        reward, reward_range = load_reward(args.reward, device)
+        reward, _ = load_reward(args.reward, device)
         clip = reward
     if args.concept:
         reward = concept_reward(clip, *args.concept)
-        # A difference of two scores is centered at about 0.
-        reward_range = dataclasses.replace(reward_range, low=-reward_range.high, shift=0.0)
     if args.region == "heatmap":
         region = Region(args.threshold, args.dilate, detector)
     else:
         region = Region(args.threshold, args.dilate, clip=clip, reward=reward)
-    return reward, reward_range, region
+    return reward, region
 
 
-def compare(run, model, prompts, base, mask, step):
-    """Samples held-out images -> their change from the base's, outside and inside the region.
+@dataclass
+class TestPairs:
+    """Held-out pairs (prompt, x_T), with what the base model makes of them."""
+
+    prompts: list
+    noise: torch.Tensor  # x_T: (N, C, h, w)
+    base: torch.Tensor  # I0: (N, 3, H, W) on the CPU
+    mask: torch.Tensor  # M: (N, 1, H, W) on the CPU
+
+
+def compare(run, model, scheduler, num_prefix_steps, pairs, reward, spread, step):
+    """What training did so far to the held-out pairs -> a dict for the log.
 
     samples/region_*.png holds I0 | M | I | 3 |I - I0|, one row per prompt.
     """
-    images = held_out_images(run, model, prompts, num_images=1)
+    args = run.args
+    base = pairs.base
+    mask = pairs.mask
+
+    def sample_pairs(prefix, tail):
+        return sample_in_two(
+            model, scheduler, args.guidance_scale, num_prefix_steps, args.micro_batch,
+            pairs.noise, pairs.prompts, prefix, tail,
+        )
+
+    def objective(images):
+        r = score(reward, images.to(model.device), pairs.prompts) / spread
+        return -focus_loss(images, base, mask, r, args.beta, args.raw_norm).item()
+
+    images = sample_pairs(args.prefix, "tuned")
     columns = [base, mask.expand_as(base), images, 3 * (images - base).abs()]
-    pictures = torch.stack(columns, 1).flatten(0, 1)
+    pictures = torch.stack([column[:SHOWN] for column in columns], 1).flatten(0, 1)
     save_grid(pictures, run.dir / "samples" / f"region_{step:06d}.png", columns=len(columns))
-    outside = change(images, base, 1 - mask).mean().item()
-    inside = change(images, base, mask).mean().item()
-    return dict(test_outside=outside, test_inside=inside)
+
+    # Let the base model take the last K steps, or all the others, to see who changes the image.
+    only_prefix = sample_pairs(args.prefix, "base")
+    only_tail = sample_pairs("base", "tuned")
+    return dict(
+        test_objective=objective(images) - objective(base),
+        test_outside=change(images, base, 1 - mask).mean().item(),
+        test_inside=change(images, base, mask).mean().item(),
+        test_outside_prefix=change(only_prefix, base, 1 - mask).mean().item(),
+        test_outside_tail=change(only_tail, base, 1 - mask).mean().item(),
+    )
 
 
 def main(args):
@@ -430,7 +496,7 @@ def main(args):
     device = pick_device(args.device)
     model = load_model(args.model, device, args.resolution)
     args.resolution = model.resolution
-    reward, reward_range, region = load_judges(args, device)
+    reward, region = load_judges(args, device)
     encode_once(model, train_prompts + test_prompts)
 
     params = make_trainable(
@@ -444,36 +510,55 @@ def main(args):
 
     sampler = dict(scheduler="ddim", eta=0.0)
     sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    num_prefix_steps = args.num_inference_steps - args.grad_steps
+    if args.prefix == "base":
+        # For all who sample from the run later: these steps belong to the base model.
+        sampler.update(base_steps=num_prefix_steps)
     scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
     make_base = functools.partial(
         base_and_mask, model, scheduler, args.guidance_scale, region, args.micro_batch
     )
 
-    # The base model's own images of a few held-out prompts, to compare the tuned ones with.
-    shown = test_prompts[:SHOWN]
-    noise_generators = [generator(args.seed, "held-out", i, 0) for i in range(len(shown))]
-    test_base, test_mask = make_base(initial_latents(model, noise_generators), shown)
+    # The base model's own images of the held-out prompts, to compare the tuned ones with.
+    noise_generators = [generator(args.seed, "held-out", i, 0) for i in range(len(test_prompts))]
+    test_noise = initial_latents(model, noise_generators)
+    test_base, test_mask = make_base(test_noise, test_prompts)
+    test_pairs = TestPairs(test_prompts, test_noise, test_base, test_mask)
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
     run.resume(params, optimizer)
-    if run.start == 0:
-        before = held_out(run, model, reward, test_prompts, step=0)
-        print(f"held-out {args.reward} before: {before:.4f}")
-        print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
-        compare(run, model, shown, test_base, test_mask, step=0)
 
     # Make I0 and M for the pool once. A short run does not need all of it.
     pool = Pool(model, train_prompts, args.seed, args.pool, make_base)
+    spread_pairs = min(SPREAD_PAIRS, args.pool or SPREAD_PAIRS)
     if args.pool:
-        pool.fill(min(args.pool, args.train_steps * args.batch_size), args.batch_size)
+        num_pairs = min(args.pool, args.train_steps * args.batch_size)
+        pool.fill(max(num_pairs, spread_pairs), args.batch_size)
         areas = torch.stack([mask.mean() for mask in pool.mask])
         num_empty = (areas == 0).sum()
         num_full = (areas == 1).sum()
         print(f"{len(areas)} pairs: the region is {areas.mean():.1%} of I0")
         print(f"  nothing is wrong in {num_empty} of them, and everything in {num_full}")
 
-    num_prefix_steps = args.num_inference_steps - args.grad_steps
+    # The reward's unit depends on the seed alone, so a resumed run finds the same one.
+    base_rewards = pool.base_rewards(reward, spread_pairs, args.batch_size)
+    mean = base_rewards.mean().item()
+    spread = base_rewards.std().item()
+    print(f"{args.reward} of {spread_pairs} base images: {mean:.4f} ± {spread:.4f}, the unit of r'")
+    if not spread > 0:
+        sys.exit("these images have equal rewards, so beta has no unit: use another --reward")
+    run.config.update(reward_mean=mean, reward_spread=spread)
+    run.write_config()
+
+    compare_with_base = functools.partial(
+        compare, run, model, scheduler, num_prefix_steps, test_pairs, reward, spread
+    )
+    if run.start == 0:
+        before = held_out(run, model, reward, test_prompts, step=0)
+        print(f"held-out {args.reward} before: {before:.4f}")
+        compare_with_base(step=0)
+
     last_timesteps = scheduler.timesteps[num_prefix_steps:].tolist()
 
     steps = range(run.start + 1, args.train_steps + 1)
@@ -485,11 +570,11 @@ def main(args):
         first = (step - 1) * args.batch_size
         prompts, noise, base, mask = pool.batch(first, args.batch_size)
 
-        # Denoise the same noise with the tuned model up to its last K steps, the whole batch at
-        # once and without gradients.
+        # Denoise the same noise up to the last K steps, the whole batch at once and without
+        # gradients: with the tuned model, as in DRaFT, or with the base model.
         cond = condition(model, prompts)
         uncond = condition(model, [None] * len(prompts))
-        with merged(model):
+        with WEIGHTS[args.prefix](model):
             latents = sample(
                 model, scheduler, noise, cond, 0, num_prefix_steps, None,
                 args.guidance_scale, uncond,
@@ -510,7 +595,7 @@ def main(args):
                 model, scheduler, latents[part], cond, args.guidance_scale, uncond, args.grad_steps
             )
             r = reward(images, prompts[part])
-            r_mapped = (r - reward_range.shift) / reward_range.scale
+            r_mapped = (r - mean) / spread
             loss = focus_loss(images, base[part], mask[part], r_mapped, args.beta, args.raw_norm)
             loss = loss * len(r) / args.batch_size
             loss.backward()
@@ -552,7 +637,7 @@ def main(args):
         is_snapshot = step % args.save_every == 0 or step == args.train_steps
         if is_snapshot:
             stats["test_reward"] = held_out(run, model, reward, test_prompts, step)
-            stats.update(compare(run, model, shown, test_base, test_mask, step))
+            stats.update(compare_with_base(step=step))
         run.log(step, **stats)
         progress.set_postfix(loss=f"{stats['loss']:.2e}", reward=f"{stats['reward']:.3f}")
 

@@ -25,8 +25,9 @@ from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import MODELS, FluxPipeline, StableDiffusionPipeline, decode_in_parts, find_pipeline
-from common import generator, initial_latents, make_scheduler, merged, read_json, sample
+from common import MODELS, FluxPipeline, StableDiffusionPipeline, base_model, decode_in_parts
+from common import find_pipeline, generator, initial_latents, make_scheduler, merged, read_json
+from common import sample
 from data.prompts import condition
 
 # Settings that do not change the numbers may differ when a run is resumed.
@@ -162,10 +163,12 @@ def generate_batches(
     """Yields images (up to batch_size, 3, H, W) in [0, 1] on the CPU, prompt by prompt.
 
     Image k of prompt i has the noise of generator(seed, purpose, i, k), whatever batch it is in.
-    sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), as in config.json.
+    sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), as in config.json. With
+    base_steps in it, the base model takes that many first steps.
     """
     scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
     guidance_scale = sampler["guidance_scale"]
+    base_steps = sampler.get("base_steps", 0)
     jobs = [(i, k) for i in range(len(prompts)) for k in range(num_images)]
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
@@ -174,9 +177,14 @@ def generate_batches(
         cond = condition(model, [prompts[i] for i, _ in batch])
         uncond = condition(model, [None] * len(batch))
         num_steps = len(scheduler.timesteps)
+        with base_model(model):
+            latents = sample(
+                model, scheduler, latents, cond, 0, base_steps, generators,
+                guidance_scale, uncond, sampler["eta"],
+            )
         with merged(model):
             latents = sample(
-                model, scheduler, latents, cond, 0, num_steps, generators,
+                model, scheduler, latents, cond, base_steps, num_steps, generators,
                 guidance_scale, uncond, sampler["eta"],
             )
         yield decode_in_parts(model, latents, micro_batch)

@@ -4,11 +4,11 @@ An interrupted experiment resumes where it stopped and repeats nothing that is d
 experiments/NAME.py says what question NAME asks, what it runs, and how long that took.
 
   $ OMP_NUM_THREADS=1 python results/run.py refl --jobs 2           # 3 runs and their images
-  $ OMP_NUM_THREADS=1 python results/run.py imagerefl --jobs 2      # 12 more runs; it uses refl's
-  $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 12 short runs
+  $ OMP_NUM_THREADS=1 python results/run.py imagerefl --jobs 2      # 3 more runs; it uses refl's
+  $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 15 short runs
   $ OMP_NUM_THREADS=1 python results/run.py dfusion --jobs 2        # pairs, gradients, 21 runs
-  $ OMP_NUM_THREADS=1 python results/run.py diffdoctor              # 12 detectors, 24 treatments
-  $ OMP_NUM_THREADS=1 python results/run.py dreambooth              # 3 LoRAs, each treated twice
+  $ OMP_NUM_THREADS=1 python results/run.py diffdoctor              # 11 detectors, 22 treatments
+  $ OMP_NUM_THREADS=1 python results/run.py dreambooth              # 2 LoRAs, each treated
 
 Runs, images and tables go to OUT/NAME, and the pictures to results/pictures. The training seed is
 the unit: a number is the mean over seeds, and after the ± is the standard deviation over seeds.

@@ -380,6 +380,7 @@ def cpu(pairs):
     """The script's update beside the one written by hand."""
     torch.set_num_threads(1)
     late = ["--first_mid", 16, "--last_mid", 16]
+    from_images = [*late, "--start", 12, "--refl_every", 0]
     # A round of 8 pairs, with 2 timesteps of each. All updates but the first are inner ones.
     one_round = ["--batch_size", 16, "--inner_epochs", pairs + 2, "--train_timesteps", 2]
     guided = ["--num_inference_steps", 20, "--guidance_scale", 5, "--trained_steps", "20-6"]
@@ -388,13 +389,13 @@ def cpu(pairs):
     cases = [  # title, script, its flags, the toy model, the update written by hand
         ("refl", "refl", late, refl_toy, refl_by_hand),
         ("refl, 1 image", "refl", [*late, "--batch_size", 1], refl_toy, one_image),
-        ("imagerefl", "imagerefl", [*late, "--refl_every", 0], refl_toy, imagerefl_by_hand),
+        ("imagerefl", "imagerefl", from_images, refl_toy, imagerefl_by_hand),
         (
-            "diffdoctor treat", "diffdoctor", ["treat", "--grad_steps", 1],
+            "diffdoctor treat", "diffdoctor", ["treat", "--grad_steps", 1, "--gamma", 0.25],
             refl_toy, treat_by_hand,
         ),
         (
-            "focus_n_fix", "focus_n_fix", ["--pool", 8],
+            "focus_n_fix", "focus_n_fix", ["--prefix", "tuned", "--pool", 8],
             PlainToy(16, DDIMScheduler, 10), focus_n_fix_by_hand,
         ),
         (

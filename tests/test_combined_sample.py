@@ -56,6 +56,9 @@ def test_the_weights_by_hand():
     by_hand = dict(base=[0] * 4, tuned=[1] * 4, combined=[0, 0, 0, 1], aig=[0, 0.25, 0.5, 0.75])
     for mode, weights in by_hand.items():
         assert [tuned_weight(mode, i, 4, base_steps=3) for i in range(4)] == weights
+    # The power only bends AIG's weights: the base model leads for longer.
+    assert [tuned_weight("aig", i, 4, 3, 2.0) for i in range(4)] == [0, 0.0625, 0.25, 0.5625]
+    assert [tuned_weight("combined", i, 4, 3, 2.0) for i in range(4)] == by_hand["combined"]
 
 
 @torch.no_grad()
@@ -82,10 +85,11 @@ def test_images_are_the_runs_own_and_base_steps_go_from_tuned_to_base(run):
     tuned = run_combined(run.path, "tuned")
     base = run_combined(run.path, "base", "--mode", "base")
     aig = run_combined(run.path, "aig", "--mode", "aig")
+    squared = run_combined(run.path, "squared", "--mode", "aig", "--aig_power", 2)
     run_combined(run.path, "combined", "--mode", "combined", "--base_steps", 0, 2, 4)
     assert read_folder("combined/base_steps_0") == tuned
     assert read_folder("combined/base_steps_4") == base
-    assert len({files["00001_01.png"] for files in (tuned, base, aig)}) == 3
+    assert len({files["00001_01.png"] for files in (tuned, base, aig, squared)}) == 4
     expected = generate(run.model, PROMPTS, 0, SAMPLER, num_images=2, micro_batch=4)
     assert ((expected * 255).round() - read_images("tuned")).abs().max() <= 1
     # Two steps of the base model, then two of the tuned one.
@@ -162,6 +166,7 @@ def test_refusals(world, run, capsys):
         ([*lora, "--mode", "combined"], "needs --base_steps"),
         ([*lora, "--mode", "combined", "--base_steps", 5], "there are only 4 steps"),
         ([*lora, "--mode", "aig", "--base_steps", 2], "--base_steps is for --mode combined"),
+        ([*lora, "--mode", "tuned", "--aig_power", 2], "--aig_power is for --mode aig"),
         ([*lora, "--out", world.images], "not an empty folder"),
         (["--mode", "base", "--lora", "nowhere"], "nowhere: no LoRA here"),
         ([*lora, "--model", world.flux], "LoRA"),

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from conftest import CPU, PROMPTS, random_lora, read_log, run_script
 from PIL import Image
 
+import combined_sample
 import focus_n_fix
 from common import TOY, decode, denoise, generator, initial_latents, load_model, make_scheduler
 from common import make_trainable, sample
 from data.prompts import condition
 from focus_n_fix import LEVEL, Pool, Region, base_and_mask, change, concept_reward, draft
-from focus_n_fix import focus_loss, grad_cam, last_norm, problem_mask
+from focus_n_fix import focus_loss, grad_cam, last_norm, problem_mask, sample_in_two
 from rewards import load_detector, load_reward, preprocess
 from run_folder import generate
 
@@ -209,25 +210,131 @@ def test_a_pool_is_finite_and_its_pairs_come_again(world):
     assert not any(torch.equal(x, noise[2]) for x in no_pool.batch(6, 16)[1])
 
 
-def test_a_run_logs_the_loss_and_shows_the_region(world):
+def short_run(world, *more):
+    """The flags of a run of two updates with one held-out prompt."""
     words = ["--model", world.sd, "--prompts", world.prompts, "--test_prompts", world.one]
-    words += ["--reward", "toy_pref", "--detector", f"{TOY}/detector", "--beta", 3, "--raw_norm"]
+    words += ["--reward", "toy_pref", "--detector", f"{TOY}/detector", "--device", "cpu"]
     words += ["--num_inference_steps", 4, "--batch_size", 4, "--micro_batch", 2, "--pool", 4]
-    words += ["--lora_rank", 4, "--dilate", 1, "--guidance_scale", 2, "--train_steps", 2]
-    assert run_script(focus_n_fix, *words, "--out", "run") == 0
+    words += ["--grad_steps", 2, "--lr", 1e-3]
+    words += ["--lora_rank", 4, "--guidance_scale", 2, "--train_steps", 2]
+    words += ["--threshold", 0.97, "--dilate", 0]
+    return [*words, *more, "--out", "run"]
+
+
+def pairs_of_short_run(model):
+    """The first four pairs that short_run trains on -> prompts, x_T, I0, M."""
+    region = Region(0.97, 0, load_detector(f"{TOY}/detector", CPU))
+
+    def make_base(noise, prompts):
+        scheduler = make_scheduler(model, "ddim", 4)
+        return base_and_mask(model, scheduler, 2.0, region, 4, noise, prompts)
+
+    pool = Pool(model, PROMPTS, 0, 0, make_base)
+    return pool.batch(0, 4)
+
+
+@pytest.mark.parametrize("pool", [4, 0])
+def test_a_run_logs_the_loss_and_shows_the_region(world, monkeypatch, pool):
+    monkeypatch.setattr(focus_n_fix, "SPREAD_PAIRS", 4)
+    words = short_run(world, "--beta", 3, "--raw_norm", "--pool", pool)
+    assert run_script(focus_n_fix, *words) == 0
     log = read_log("run")
     config = json.loads(Path("run/config.json").read_text())
     assert config["sampler"] == SAMPLER
-    assert (config["region"], config["threshold"], config["reward"]) == ("heatmap", 0.2, "toy_pref")
+    assert (config["region"], config["threshold"], config["reward"]) == ("heatmap", 0.97, "toy_pref")
+    # The unit of r' is the spread of the base model's rewards.
+    prompts, _, base, _ = pairs_of_short_run(load_model(world.sd, CPU))
+    base_rewards = load_reward("toy_pref", CPU)[0](base, prompts)
     for row in log:
-        r_mapped = (row["reward"] - 3) / 13  # toy_pref's
-        assert row["loss"] == pytest.approx(3 * row["outside"] - r_mapped, rel=1e-5)
+        r_mapped = (row["reward"] - base_rewards.mean().item()) / base_rewards.std().item()
+        assert row["loss"] == pytest.approx(3 * row["outside"] - r_mapped, rel=1e-3, abs=1e-4)
         assert list(row["grad_by_t"]) == ["251", "1"] and min(row["grad_by_t"].values()) > 0
+    assert abs(log[0]["loss"]) < 1e-3  # of the base model itself
     assert log[0]["outside"] < 1e-4 < log[1]["outside"]
     # One row of I0 | M | I | 3 |I - I0|. Before training I is I0.
     picture = np.asarray(Image.open("run/samples/region_000000.png")).astype(int)
     base, mask, images, difference = np.split(picture, 4, axis=1)
     assert max(abs(base - images).max(), difference.max()) <= 1 and set(mask.ravel()) <= {0, 255}
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_a_reward_without_spread_is_refused(world):
+    message = run_script(focus_n_fix, *short_run(world, "--pool", 1))
+    assert "these images have equal rewards" in message
+
+
+def test_two_models_take_turns(world):
+    """The change of the whole, of the prefix alone, and of the tail alone."""
+    model = load_model(world.sd, CPU)
+    scheduler = make_scheduler(model, "ddim", 4)
+    noise = initial_latents(model, [generator(0, "image", i, 0) for i in range(4)])
+    untouched = generate(model, PROMPTS, 0, SAMPLER)
+    random_lora(make_trainable(model, 4))
+
+    def images_of(prefix, tail):
+        return sample_in_two(model, scheduler, 2.0, 3, 4, noise, PROMPTS, prefix, tail)
+
+    base_first = dict(SAMPLER, base_steps=3)
+    assert torch.equal(images_of("base", "base"), untouched)
+    assert torch.equal(images_of("tuned", "tuned"), generate(model, PROMPTS, 0, SAMPLER))
+    assert torch.equal(images_of("base", "tuned"), generate(model, PROMPTS, 0, base_first))
+    sizes = []
+    for weights in (("tuned", "tuned"), ("tuned", "base"), ("base", "tuned")):
+        sizes.append((images_of(*weights) - untouched).abs().mean())
+    assert sizes[0] > sizes[1] > sizes[2] > 1e-4
+
+
+@pytest.mark.parametrize("prefix", ["tuned", "base"])
+def test_the_prefix_is_that_of_the_flag_in_training_and_after(world, monkeypatch, prefix):
+    monkeypatch.setattr(focus_n_fix, "SPREAD_PAIRS", 4)
+    model = load_model(world.sd, CPU)
+    random_lora(make_trainable(model, 4))
+    model.save("lora")
+    words = short_run(world, "--prefix", prefix, "--init_lora", "lora")
+    assert run_script(focus_n_fix, *words, "--lr", 1e-9) == 0
+
+    # In training.
+    scheduler = make_scheduler(model, "ddim", 4)
+    prompts, noise, base, mask = pairs_of_short_run(model)
+    images = sample_in_two(model, scheduler, 2.0, 2, 4, noise, prompts, prefix, "tuned")
+    row = read_log("run")[1]
+    outside = change(images, base, 1 - mask).mean().item()
+    assert row["outside"] == pytest.approx(outside, rel=1e-4)
+
+    # On the held-out prompt.
+    if prefix == "base":
+        assert row["test_outside_prefix"] == 0 < row["test_outside_tail"] == row["test_outside"]
+    else:
+        assert 0 < row["test_outside_tail"] < row["test_outside_prefix"]
+
+    # In combined_sample.py, which needs no flag.
+    sampler = json.loads(Path("run/config.json").read_text())["sampler"]
+    assert sampler.get("base_steps") == (2 if prefix == "base" else None)
+    words = ["--lora", "run", "--num_images", 1, "--device", "cpu", "--out", "images"]
+    assert run_script(combined_sample, *words) == 0
+    prompt = Path(world.one).read_text().splitlines()
+    expected = sample_in_two(
+        model, scheduler, 2.0, 2, 1, initial_latents(model, [generator(0, "image", 0, 0)]),
+        prompt, prefix, "tuned",
+    )
+    image = torch.from_numpy(np.array(Image.open("images/00000_00.png"))).permute(2, 0, 1)
+    assert (image / 255 - expected[0]).abs().max() <= 0.501 / 255
+
+
+def test_the_objective_is_zero_for_the_base_model(world, monkeypatch):
+    monkeypatch.setattr(focus_n_fix, "SPREAD_PAIRS", 4)
+    compare = focus_n_fix.compare
+    found = []
+
+    def keep(*args, **kwargs):
+        found.append(compare(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(focus_n_fix, "compare", keep)
+    assert run_script(focus_n_fix, *short_run(world, "--beta", 1)) == 0
+    before, after = found
+    assert abs(before["test_objective"]) < 1e-3 < abs(after["test_objective"])
+    assert before["test_outside"] < 1e-4 < after["test_outside"]
 
 
 def test_defaults_that_depend_on_other_flags():
