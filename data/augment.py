@@ -1,7 +1,8 @@
 """The augmentation of DiffDoctor's detector training. Labels move with their images.
 
   true labels      weak: flip and crop
-  pseudo labels    weak, then shrink_and_pad if nothing is wrong in the image, strong, and cutmix
+  pseudo labels    weak, then shrink_and_pad for half of the images in which nothing is wrong,
+                   strong, and cutmix
 
 The strong augmentation and CutMix have UniMatch's settings (Yang et al. 2023). Shrinking is the
 dynamic augmentation of DiffDoctor, section 3.2, with our own numbers.
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 HARMLESS = 0.1  # an image whose confidence is below this everywhere has nothing wrong in it
+SHRINK = 0.5  # the share of harmless images that we shrink; we show the others at full size
 LUMA = (0.299, 0.587, 0.114)
 YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # RGB -> brightness and two hues
 
@@ -74,12 +76,12 @@ def weak(image, label, draw):
 
 
 def shrink_and_pad(image, label, draw):
-    """Shrinks a harmless image to 25% to 75% of its side, and puts it somewhere on black.
+    """Shrinks half of the harmless images to 25% to 75% of the side, and puts them on black.
 
     A weak detector is suspicious of anything small and intricate, such as the faces in full-body
     pictures. Here it learns that small things can be fine. Other images are returned as they are.
     """
-    if label.max() >= HARMLESS:
+    if label.max() >= HARMLESS or uniform(draw, 0, 1) >= SHRINK:
         return image, label
     size = image.shape[-1]
     side = max(1, round(size * uniform(draw, 0.25, 0.75)))

@@ -18,9 +18,10 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 import diffdoctor
 from common import TOY, decode, denoise, encode, generator, initial_latents, load_model
 from common import make_scheduler, make_trainable, sample, scheduler_step
-from data.prompts import condition
+from data.prompts import condition, read_prompts
 from data import augment
 from data.labels import SPLITS, Labelled, read_labels
+from results.experiments import dreambooth
 from rewards import Detector, load_detector
 from run_folder import Run
 
@@ -132,16 +133,22 @@ def test_cutmix_takes_the_box_and_its_label_from_the_image_before():
     assert 0.3 < np.mean(np.array(shares) > 0) < 0.7 and max(shares) < 0.45
 
 
-def test_only_harmless_images_are_shrunk():
+def test_only_harmless_images_are_shrunk_and_only_half_of_them():
     image, label = marked_image()
-    assert augment.shrink_and_pad(image, label, generator(0, "shrink"))[0] is image
+    for i in range(8):
+        assert augment.shrink_and_pad(image, label, generator(0, "shrink", i))[0] is image
     image, label = marked_image(confidence=0.09)
+    num_shrunk = 0
     for i in range(40):
         new_image, new_label = augment.shrink_and_pad(image, label, generator(0, "shrink", i))
         assert torch.equal(new_image[:1], new_label) and new_image.shape == (3, 32, 32)
+        if new_image is image:
+            continue
+        num_shrunk += 1
         # The other channels were 1: now they are 1 in a square and 0 around it.
         side = (new_image[1].amax(1) > 0).sum().item()
         assert new_image[1].sum().item() == pytest.approx(side**2) and 8 <= side <= 24
+    assert 12 <= num_shrunk <= 28
 
 
 def test_augment_moves_labels_too_and_draws_from_its_generator_alone():
@@ -212,7 +219,7 @@ def test_a_resumed_detector_is_bit_equal(labeled, monkeypatch):
 
 
 def test_a_detector_update_with_nan_changes_nothing(labeled, monkeypatch):
-    nan = torch.full((16, 3, 32, 32), math.nan)
+    nan = torch.full((8, 3, 32, 32), math.nan)
     monkeypatch.setattr(diffdoctor, "augment", lambda images, labels, *_: (nan, labels))
     assert run_script(diffdoctor, *labeled, "--train_steps", 1, "--out", "run") == 0
     assert read_log("run")[0]["skipped"] is True
@@ -231,13 +238,15 @@ def test_detector_metrics_by_hand(labeled):
     assert stats["kl1"] == pytest.approx(100 * -((1 - p) * (1 - q).log()).mean().item(), rel=1e-4)
 
 
-def test_a_batch_is_half_pseudo_and_partly_photographs():
+def test_pseudo_labels_are_added_to_a_batch_of_true_labels():
     rows = [dict(source=s, split=t) for s in ("human", "real", "pseudo") for t in SPLITS * 5]
     indices = diffdoctor.indices_by_source(rows, "train")
-    batch = diffdoctor.draw_batch(indices, 0, 1, 20)
+    batch = diffdoctor.draw_batch(indices, 0, 1, 10)
     assert [rows[i]["source"] for i in batch] == ["human"] * 6 + ["real"] * 4 + ["pseudo"] * 10
     assert all(rows[i]["split"] == "train" for i in batch)
-    assert batch != diffdoctor.draw_batch(indices, 0, 2, 20)
+    assert batch != diffdoctor.draw_batch(indices, 0, 2, 10)
+    # Without pseudo labels, an update has the same true ones.
+    assert diffdoctor.draw_batch({**indices, "pseudo": []}, 0, 1, 10) == batch[:10]
     assert diffdoctor.draw_batch(dict(human=[7], real=[], pseudo=[]), 0, 1, 3) == [7, 7, 7]
 
 
@@ -267,15 +276,37 @@ def test_it_stops_early_and_stays_stopped(world, capsys):
 
 
 def test_the_last_100_prompts_are_held_out_without_test_prompts(world, monkeypatch):
-    prompts = [f"prompt {i}" for i in range(103)]
+    """We encode 16 of them, and the run keeps all of them for combined_sample.py."""
+    prompts = [f"prompt {i}" for i in range(102)] + ["a café"]
     encoded = []
-    Path("many.txt").write_text("\n".join(prompts))
+    Path("many.txt").write_text("\n".join(prompts), encoding="utf-8")
     monkeypatch.setattr(diffdoctor, "encode_once", lambda model, texts: encoded.append(texts))
-    monkeypatch.setattr(diffdoctor, "make_trainable", lambda *_: exit("enough"))
+    monkeypatch.setattr(diffdoctor, "held_out_confidence", lambda *_, **__: exit("enough"))
     words = ["--test_prompts", "", "--gamma", 0, "--prompts"]
     assert treat(world, "run", *words, "many.txt") == "enough"
     assert encoded == [prompts[:19]]
-    assert "too few to hold out the last 100" in treat(world, "run", *words, world.prompts)
+    assert read_prompts("run/test_prompts.txt") == prompts[3:]
+    assert "too few to hold out the last 100" in treat(world, "new", *words, world.prompts)
+
+
+def test_the_untreated_images_are_detected_once(world, monkeypatch):
+    detect = diffdoctor.detect
+    detected = []
+
+    def count(detector, images, device):
+        detected.append(len(images))
+        return detect(detector, images, device)
+
+    monkeypatch.setattr(diffdoctor, "detect", count)
+    assert treat(world, "run", "--gamma", 0, model="flux") == 0
+    # Before training and after each of the two updates.
+    assert detected == [2, 2, 2]
+
+
+@pytest.mark.parametrize("model", ["flux-schnell", "flux-dev"])
+def test_flux_is_saved_often_enough_to_stop_before_it_collapses(model):
+    """The paper sees the collapse around epoch 10. The release's epoch is 8 updates."""
+    assert diffdoctor.OURS[model]["save_every"] <= 10 * 8 / 2
 
 
 def test_held_out_stats_by_hand(monkeypatch):
@@ -288,7 +319,11 @@ def test_held_out_stats_by_hand(monkeypatch):
         return images[:, 0]
 
     model = SimpleNamespace(device=CPU)
-    stats, _ = diffdoctor.held_out_confidence(run, model, red, red, PROMPTS[:2], 0, before)
+    untreated = (before, before[:, 0])
+    stats, (images, maps) = diffdoctor.held_out_confidence(
+        run, model, red, red, PROMPTS[:2], 0, untreated
+    )
+    assert torch.equal(images, x) and torch.equal(maps, x[:, 0])
     assert stats["test_mean"] == pytest.approx(x[:, 0].mean().item())
     assert stats["test_max"] == pytest.approx(x[:, 0].amax((1, 2)).mean().item())
     distance = (before - before[[3, 0, 1, 2]]).abs().mean()
@@ -299,3 +334,14 @@ def test_moved_commands_name_the_new_one():
     for name in ("score", "export_hard", "import_labels", "pseudo"):
         message = f"{name} has moved: python data/labels.py {name} --out x"
         assert run_script(diffdoctor, name, "--out", "x") == message
+
+
+def test_dreambooth_is_treated_in_some_compositions_and_tested_in_others():
+    treated_others, unseen_others = dreambooth.split_others()
+    assert (len(treated_others), len(unseen_others)) == (8, 7)
+    prompts = dreambooth.treated_prompts(treated_others)
+    of_instance = [prompt for prompt in prompts if dreambooth.INSTANCE in prompt]
+    assert 2 * len(of_instance) == len(prompts)
+    assert 2 * of_instance.count(dreambooth.INSTANCE) == len(of_instance)
+    assert len(set(dreambooth.compositions(unseen_others))) == 28
+    assert not any(other in prompt for other in unseen_others for prompt in of_instance)

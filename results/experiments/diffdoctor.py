@@ -1,7 +1,7 @@
 """Does each kind of data improve DiffDoctor's detector, and does treatment remove artifacts?
 
-  diffdoctor_detector.py     12 detectors, from the first labels to pseudo labels
-  diffdoctor_treatment.py    24 runs that treat toy and toy-flux with toy/detector
+  diffdoctor_detector.py     13 detectors, from the first labels to pseudo labels
+  diffdoctor_treatment.py    22 runs that treat toy and toy-flux with toy/detector
 
 Prints   the tables of the two, in this order. The case of section 4.3 is in dreambooth.py.
 Took     one to six minutes per run on two CPU cores.

@@ -4,9 +4,9 @@ DiffDoctor's Table 2 and Figures 4 and 5, over long training: with and without t
 real images, at the paper's t = 1 and with five steps that carry the gradient. toy/detector, which
 we train on, is one judge of artifacts. toy/detector_b, which nothing is trained on, is the other.
 
-Runs     24 of diffdoctor.py treat: 8 kinds, seeds 0 to 2, from 40 to 720 updates without early
-         stopping. Then 2 images of each of 40 held-out prompts for every snapshot below, with the
-         seeds of the images before treatment.
+Runs     22 of diffdoctor.py treat: 8 kinds, from 40 to 720 updates without early stopping, with
+         seeds 0 to 2, or seed 0 for the worst pixel. Then 2 images of each of 40 held-out prompts
+         for every snapshot below, with the seeds of the images before treatment.
 Prints   a table: both detectors' confidence in percent, the oracle's verdict and its count of
          things, diversity, drift, and the grain of the background.
 Draws    diffdoctor_over_updates.png; and diffdoctor_flux.png and diffdoctor_toy.png: images before
@@ -16,14 +16,16 @@ Took     one to six minutes per run on two CPU cores.
 
 import contextlib
 import json
+import statistics
 
+import matplotlib.pyplot as plt
 import torch
 
 from common import TOY, base_model, load_lora, load_model
 from data.prompts import encode_once
 from data.labels import overlay
 from rewards import load_detector
-from run_folder import generate, save_grid
+from run_folder import generate
 from toy import oracle
 from toy.scenes import parse_caption
 
@@ -36,7 +38,7 @@ KINDS = {  # kind of run: the model, the updates after which we measure it, and 
     "toy-flux, gamma 0": ("toy-flux", LONG, "--gamma", 0, "--grad_steps", 1),
     "toy-flux, gamma .25": ("toy-flux", LONG, "--gamma", 0.25, "--grad_steps", 1),
     "toy-flux, gamma 0, max pixel": (
-        "toy-flux", (40, 120), "--gamma", 0, "--grad_steps", 1, "--pixels", "max",
+        "toy-flux", LONG[1:], "--gamma", 0, "--grad_steps", 1, "--pixels", "max",
     ),
     "toy-flux, gamma 0, grad_steps 5": (
         "toy-flux", (40, 120, 240), "--gamma", 0, "--grad_steps", 5,
@@ -50,44 +52,57 @@ KINDS = {  # kind of run: the model, the updates after which we measure it, and 
         "toy", (20, 60, 120, 240), "--gamma", 0.25, "--grad_steps", 5,
     ),
 }
+ONE_SEED = ("toy-flux, gamma 0, max pixel",)  # kinds that run with the first seed only
 MODELS = ("toy-flux", "toy")
 COLORS = ("tab:red", "tab:blue", "tab:green", "tab:orange")
-PLOTTED = ("detector mean", "detector_b mean", "toy_correct", "too few", "grain", "drift")
-SHOWN = {  # columns of a picture after the images before: kind of run and updates
+PLOTTED = ("detector mean", "detector_b mean", "toy_correct", "grain", "drift")
+SHOWN = {  # pictures, and their columns after the images before: title, kind of run, updates
     "diffdoctor_flux.png": (
-        ("toy-flux, gamma 0, grad_steps 5", 240),
-        ("toy-flux, gamma 0", 120),
-        ("toy-flux, gamma .25", 120),
-        ("toy-flux, gamma 0", 720),
-        ("toy-flux, gamma .25", 720),
+        ("all 5 steps,\n240 updates", "toy-flux, gamma 0, grad_steps 5", 240),
+        ("t = 1, gamma 0,\n120 updates", "toy-flux, gamma 0", 120),
+        ("t = 1, gamma .25,\n120 updates", "toy-flux, gamma .25", 120),
+        ("t = 1, gamma 0,\n720 updates", "toy-flux, gamma 0", 720),
+        ("t = 1, gamma .25,\n720 updates", "toy-flux, gamma .25", 720),
     ),
     "diffdoctor_toy.png": (
-        ("toy, gamma 0, grad_steps 5", 60),
-        ("toy, gamma .25, grad_steps 5", 60),
-        ("toy, gamma 0, grad_steps 5", 240),
-        ("toy, gamma .25, grad_steps 5", 240),
+        ("gamma 0,\n60 updates", "toy, gamma 0, grad_steps 5", 60),
+        ("gamma 0,\n240 updates", "toy, gamma 0, grad_steps 5", 240),
+        ("gamma .25,\n240 updates", "toy, gamma .25, grad_steps 5", 240),
     ),
 }
 
 
 def measure_treatments(out, jobs):
     """Trains all runs, prints the table and draws the pictures."""
-    together(jobs, train_kind, [(out, kind, seed) for kind in KINDS for seed in SEEDS])
+    together(jobs, train_kind, [(out, kind, seed) for kind in KINDS for seed in seeds_of(kind)])
     torch.set_num_threads(1)
     snapshots = Snapshots(out)
-    results = {}
+    curves = {}
     rows = {}
     for kind, (model_name, steps, *_) in KINDS.items():
-        for seed in SEEDS:
-            results[kind, seed] = {step: snapshots.row(kind, seed, step) for step in (0, *steps)}
-        rows[f"{model_name}, before"] = [results[kind, SEEDS[0]][0]]
-        for step in steps:
-            per_seed = [results[kind, seed][step] for seed in SEEDS]
-            rows[f"{kind}: {step} updates"] = per_seed
+        curves[kind] = {}
+        for step in (0, *steps):
+            per_seed = [snapshots.row(kind, seed, step) for seed in seeds_of(kind)]
+            curves[kind][step] = {field: spread(per_seed, field) for field in PLOTTED}
+            if step:
+                rows[f"{kind}: {step} updates"] = per_seed
+            else:
+                rows[f"{model_name}, before"] = per_seed[:1]
     write_table(out / "treated.md", rows, 2)
-    plot_over_updates(results)
-    for name, columns in SHOWN.items():
-        draw_treated(name, columns, snapshots)
+    plot_over_updates(curves)
+    for name, treated in SHOWN.items():
+        draw_treated(name, treated, snapshots)
+
+
+def seeds_of(kind):
+    """The training seeds of a kind of run."""
+    return SEEDS[:1] if kind in ONE_SEED else SEEDS
+
+
+def spread(per_seed, field):
+    """The mean and the standard deviation over seeds, which is 0 for one seed."""
+    values = [row[field] for row in per_seed]
+    return mean(values), statistics.stdev(values) if len(values) > 1 else 0
 
 
 def run_of(out, kind, seed):
@@ -226,35 +241,55 @@ class Snapshots:
 # The pictures
 
 
-def plot_over_updates(results):
-    """Draws the fields PLOTTED over the updates, a row of axes per model, a line per run."""
+def plot_over_updates(curves):
+    """Draws the fields PLOTTED over the updates: a row of axes per model, a line per kind of run.
+
+    curves: {kind: {updates: {field: (mean, standard deviation)}}}, over the training seeds.
+    """
     figure, axes = subplots(2, len(PLOTTED), 3, 2.5)
     for axes_of_model, model_name in zip(axes, MODELS):
         kinds = [kind for kind in KINDS if KINDS[kind][0] == model_name]
         for axis, field in zip(axes_of_model, PLOTTED):
             for kind, color in zip(kinds, COLORS):
-                for seed in SEEDS:
-                    curve = results[kind, seed]
-                    y = [row[field] for row in curve.values()]
-                    label = kind.removeprefix(f"{model_name}, ") if seed == SEEDS[0] else None
-                    axis.plot(list(curve), y, color=color, alpha=0.7, label=label)
-            unit = ", %" if "detector" in field else ""
+                curve = curves[kind]
+                middle = [curve[step][field][0] for step in curve]
+                low = [curve[step][field][0] - curve[step][field][1] for step in curve]
+                high = [curve[step][field][0] + curve[step][field][1] for step in curve]
+                label = kind.removeprefix(f"{model_name}, ")
+                axis.plot(list(curve), middle, color=color, label=label)
+                axis.fill_between(list(curve), low, high, color=color, alpha=0.2)
+            unit = ", %" if "detector" in field or field == "grain" else ""
             axis.set(title=field + unit, xlabel=f"updates of {model_name}")
         axes_of_model[0].legend(fontsize=7)
     path = save_figure(figure, "diffdoctor_over_updates.png", dpi=70)
     shrink(path)
 
 
-def draw_treated(name, columns, snapshots):
+def draw_columns(name, columns, labels):
+    """Draws a picture from its columns, (title, images (N, 3, 64, 64)), with a label per row."""
+    figure, axes = subplots(1, len(columns), 1, len(labels) + 0.4)
+    for axis, (title, images) in zip(axes, columns):
+        stack = torch.cat(list(images), 1).permute(1, 2, 0)
+        axis.imshow(stack.clamp(0, 1), interpolation="nearest")
+        axis.set_title(title, fontsize=7)
+        axis.set(xticks=[], yticks=[])
+    rows = [64 * i + 32 for i in range(len(labels))]
+    axes[0].set_yticks(rows, [label.replace(" a ", "\na ") for label in labels], fontsize=7)
+    # The images are square, so some of the figure stays empty. "tight" cuts it off.
+    figure.savefig(new_picture(name), dpi=100, bbox_inches="tight")
+    plt.close(figure)
+    shrink(new_picture(name))
+
+
+def draw_treated(name, treated, snapshots):
     """Shows one image of every fourth prompt, before and after, each beside its overlay."""
-    first_kind, _ = columns[0]
+    _, first_kind, _ = treated[0]
     detector = snapshots.judges.detectors["detector"]
-    tiles = []
-    for kind, step in ((first_kind, 0), *columns):
+    columns = []
+    for title, kind, step in (("before", first_kind, 0), *treated):
         images, _ = snapshots.measured(kind, SEEDS[0], step)
         images = images[:: 4 * EACH]
-        tiles.append(images)
-        tiles.append(overlay(images, detector(images)))
-    path = new_picture(name)
-    save_grid(torch.stack(tiles, 1).flatten(0, 1), path, columns=len(tiles))
-    shrink(path)
+        columns.append((title, images))
+        with torch.no_grad():
+            columns.append(("red: what the\ndetector sees", overlay(images, detector(images))))
+    draw_columns(name, columns, snapshots.prompts[::4])

@@ -1,17 +1,21 @@
 """Does treatment keep what a LoRA has learned from six pictures? DiffDoctor's section 4.3.
 
 A DreamBooth LoRA learns "a [v] star", a purple one, beside other stars. Then it is treated against
-artifacts. Is the purple star still there in unseen prompts?
+artifacts. Half of the treated [v] prompts name the star alone, half put it beside one of 8 objects.
+Is the purple star still there beside 7 other objects, and alone?
 
-Runs     for seeds 0 to 2, a LoRA of 150 updates, and two runs of diffdoctor.py treat that start
-         from it, with gamma 0 and 0.25, 60 updates. Then 2 images of each of 30 unseen prompts,
-         such as "a yellow circle above a [v] star", after 0, 30 and 60 updates. Guidance is 4.
-Prints   a table as in diffdoctor_treatment.py, and "instance", the share of images with a purple
-         star, by the oracle's nearest reading. The oracle reads "purple" where a prompt has "[v]".
-Draws    diffdoctor_dreambooth.png: the six pictures; then a row each of images before DreamBooth,
-         with "[v]" and with "purple", after it, and treated without and with the regularizer.
-Took     one to six minutes per treated run on two CPU cores, like diffdoctor_treatment.py's.
+Runs     for seeds 0 and 1, a LoRA of 150 updates, and diffdoctor.py treat from there, 120 updates
+         with gamma 0. Then 2 images of each of 28 unseen compositions, and 20 images of "a [v]
+         star", after 60 and 120 updates. Guidance is 4.
+Prints   two tables, of the compositions and of the star alone, with the columns of
+         diffdoctor_treatment.py, and "instance": the share of images with a purple star, by the
+         oracle's nearest reading. The oracle reads "purple" where a prompt has "[v]".
+Draws    diffdoctor_dreambooth.png: one image per row before and after the treatment, each beside
+         its overlay.
+Took     about seven minutes per treated run on one CPU core.
 """
+
+import itertools
 
 import numpy as np
 import torch
@@ -19,21 +23,22 @@ import torch
 from common import TOY, base_model, encode, generator, load_lora, load_model, make_scheduler
 from common import make_trainable
 from data.images import image_data
+from data.labels import overlay
 from data.prompts import condition, encode_once, read_prompts
 from diffdoctor import offline_loss
-from run_folder import generate, save_grid, to_pil
+from run_folder import generate
 from toy.scenes import COLOURS, RELATIONS, SHAPES, parse_caption, render, sample_scene
 
-from .diffdoctor_treatment import EACH, TreatmentJudges, notable_things
-from .tools import CPU, SEEDS, mean, new_picture, shrink, together, train, write_lines
-from .tools import write_prompts, write_table
+from .diffdoctor_treatment import EACH, TreatmentJudges, draw_columns, notable_things
+from .tools import CPU, mean, together, train, write_prompts, write_table
 
 INSTANCE = "a [v] star"  # the tokenizer does not know "[v]", and the LoRA learns it
 LOOK = "purple"  # what "[v]" means
 INSTANCE_UPDATES = 150
 INSTANCE_LR = 3e-4
-TREATED_UPDATES = 60
-GAMMAS = (0, 0.25)
+TREATED_UPDATES = (60, 120)  # where we measure
+SEEDS = (0, 1)
+NUM_ALONE = 10  # times EACH images of the instance alone
 GUIDANCE_SCALE = 4
 LORA_RANK = 8
 SAMPLER = dict(
@@ -42,18 +47,21 @@ SAMPLER = dict(
 
 
 def dreambooth(out, jobs):
-    prompts = unseen_prompts()
-    write_prompts(out / "unseen.txt", prompts)
-    write_prompts(out / "instance.txt", training_prompts())
+    treated_others, unseen_others = split_others()
+    prompts = dict(compositions=compositions(unseen_others), alone=[INSTANCE] * NUM_ALONE)
+    write_prompts(out / "unseen.txt", prompts["compositions"])
+    write_prompts(out / "treated.txt", treated_prompts(treated_others))
     pictures = draw_instance()
     prior = other_stars()
-    write_pictures(out / "pictures", pictures, prior)
     torch.set_num_threads(1)
 
-    together(jobs, train_seed, [(out, pictures, prior, seed) for seed in SEEDS])
-    rows = measure(out, prompts)
-    write_table(out / "table.md", rows, 2)
-    draw_rows(out, pictures)
+    together(jobs, learn_instance, [(out, pictures, prior, seed) for seed in SEEDS])
+    together(jobs, treat, [(out, seed) for seed in SEEDS])
+    judges = TreatmentJudges()
+    images = sample_rows(out, prompts)
+    for part in prompts:
+        write_table(out / f"{part}.md", measure(images, prompts, part, judges), 2)
+    draw_before_and_after(images, prompts, judges.detectors["detector"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -65,21 +73,29 @@ def named(prompt):
     return prompt.replace("[v]", LOOK)
 
 
-def unseen_prompts():
-    """30 prompts with the instance and one other thing."""
+def split_others():
+    """The 15 things that are no stars -> the 8 that are treated, and the 7 that are not."""
     others = [f"a {color} {shape}" for color in COLOURS for shape in SHAPES if shape != "star"]
+    return others[::2], others[1::2]
+
+
+def compositions(others):
+    """The instance and each of these things, in both orders and relations."""
     prompts = []
-    for i, other in enumerate(others):
-        relation = RELATIONS[i % 2]
-        prompts.append(f"{INSTANCE} {relation} {other}")
-        prompts.append(f"{other} {relation} {INSTANCE}")
+    for other in others:
+        for relation in RELATIONS:
+            prompts.append(f"{INSTANCE} {relation} {other}")
+            prompts.append(f"{other} {relation} {INSTANCE}")
     return prompts
 
 
-def training_prompts():
-    """The prompts of treating: half the instance, half other stars."""
-    prompts = [prompt for prompt in read_prompts(TOY / "prompts_train.txt") if "star" in prompt]
-    return [INSTANCE] * len(prompts) + prompts
+def treated_prompts(others):
+    """The prompts of treating: a quarter the instance alone, a quarter composed, half the class."""
+    every_prompt = read_prompts(TOY / "prompts_train.txt")
+    class_prompts = [prompt for prompt in every_prompt if "star" in prompt]
+    num_alone = len(class_prompts) // 2
+    composed = itertools.islice(itertools.cycle(compositions(others)), num_alone)
+    return [INSTANCE] * num_alone + list(composed) + class_prompts
 
 
 def draw_instance():
@@ -97,41 +113,15 @@ def other_stars():
     return [(x, caption) for x, caption in image_data(TOY / "images", 64) if "star" in caption]
 
 
-def write_pictures(folder, pictures, prior):
-    """Writes the regularizer's images: half of them the instance, half other stars."""
-    repeats = len(prior) // len(pictures)
-    images = [(picture, INSTANCE) for picture in pictures] * repeats + prior
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for i, (image, caption) in enumerate(images):
-        name = f"{i:03d}.png"
-        to_pil(image).save(folder / name)
-        rows.append(dict(file_name=name, text=caption))
-    write_lines(folder / "metadata.jsonl", rows)
-
-
 # --------------------------------------------------------------------------------------------------
 # Training
 
 
-def train_seed(out, pictures, prior, seed):
-    """Trains a seed's LoRA, and treats it with each gamma."""
-    lora = out / f"instance_{seed}"
-    if not (lora / "pytorch_lora_weights.safetensors").exists():
-        learn_instance(lora, pictures, prior, seed)
-    for gamma in GAMMAS:
-        train(
-            out, f"gamma_{gamma:g}_{seed}", "diffdoctor", "treat",
-            "--grad_steps", 5, "--init_lora", lora, "--gamma", gamma,
-            "--data", out / "pictures", "--prompts", out / "instance.txt",
-            "--test_prompts", out / "unseen.txt", "--guidance_scale", GUIDANCE_SCALE,
-            "--train_steps", TREATED_UPDATES, "--save_every", TREATED_UPDATES // 2,
-            "--patience", TREATED_UPDATES, "--max_drift", 1e6, "--seed", seed,
-        )
-
-
-def learn_instance(folder, pictures, prior, seed):
+def learn_instance(out, pictures, prior, seed):
     """DreamBooth with prior preservation: half of a batch is the instance, half other stars."""
+    folder = out / f"instance_{seed}"
+    if (folder / "pytorch_lora_weights.safetensors").exists():
+        return
     model = load_model("toy", CPU)
     encode_once(model, [INSTANCE, *(caption for _, caption in prior)])
     params = make_trainable(model, LORA_RANK, seed)
@@ -159,56 +149,73 @@ def learn_instance(folder, pictures, prior, seed):
     model.save(folder)
 
 
+def treat(out, seed):
+    """Treats a seed's LoRA without early stopping -> the run's folder."""
+    return train(
+        out, f"treated_{seed}", "diffdoctor", "treat",
+        "--grad_steps", 5, "--init_lora", out / f"instance_{seed}", "--gamma", 0,
+        "--prompts", out / "treated.txt", "--test_prompts", out / "unseen.txt",
+        "--guidance_scale", GUIDANCE_SCALE,
+        "--train_steps", TREATED_UPDATES[-1], "--save_every", TREATED_UPDATES[0],
+        "--patience", TREATED_UPDATES[-1], "--max_drift", 1e6, "--seed", seed,
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # Measuring
 
 
-def snapshots_of(out, seed):
-    """{name of a row: its LoRA}."""
-    loras = {"DreamBooth": out / f"instance_{seed}"}
-    for gamma in GAMMAS:
-        run = out / f"gamma_{gamma:g}_{seed}"
-        for step in (TREATED_UPDATES // 2, TREATED_UPDATES):
-            name = f"treated, gamma {gamma:g}, {step} updates"
-            loras[name] = run / "lora" / f"step_{step:06d}"
+def snapshots(out):
+    """{(name of a row, seed): its LoRA}. Without a LoRA, the row shows the base model."""
+    loras = {("before DreamBooth", SEEDS[0]): None}
+    loras[f"before DreamBooth, {LOOK}", SEEDS[0]] = None
+    for seed in SEEDS:
+        loras["DreamBooth, before treatment", seed] = out / f"instance_{seed}"
+        for step in TREATED_UPDATES:
+            snapshot = out / f"treated_{seed}" / "lora" / f"step_{step:06d}"
+            loras[f"treated, {step} updates", seed] = snapshot
     return loras
 
 
-def measure(out, prompts):
-    """{name of a row: one dict per training seed}. What is measured stays in measured_SEED.pt."""
-    named_prompts = [named(prompt) for prompt in prompts]
+def sample_rows(out, prompts):
+    """{(name of a row, seed): {part of the prompts: its images}}. What is sampled stays."""
     model = load_model("toy", CPU)
-    encode_once(model, prompts + named_prompts)
-    judges = TreatmentJudges()
-    rows = {}
-    for seed in SEEDS:
-        path = out / f"measured_{seed}.pt"
+    every_prompt = prompts["compositions"] + [INSTANCE]
+    encode_once(model, every_prompt + [named(prompt) for prompt in every_prompt])
+    sampled = {}
+    (out / "images").mkdir(exist_ok=True)
+    for (name, seed), lora in snapshots(out).items():
+        path = out / "images" / f"{name}_{seed}.pt"
         if not path.exists():
-            images = sample_rows(model, out, prompts, named_prompts, seed)
-            measured = {}
-            for name, x in images.items():
-                row = judges(x, named_prompts, images["DreamBooth"])
-                row["instance"] = share_with_instance(x)
-                measured[name] = row
-            torch.save((images, measured), path)
-        _, measured = torch.load(path, weights_only=True)
-        for name, row in measured.items():
-            rows.setdefault(name, []).append(row)
-    return rows
+            images = {}
+            for part, texts in prompts.items():
+                images[part] = sample_row(model, lora, name, texts)
+            torch.save(images, path)
+        sampled[name, seed] = torch.load(path, weights_only=True)
+    return sampled
 
 
-def sample_rows(model, out, prompts, named_prompts, seed):
-    """{name of a row: its images (N, 3, 64, 64)}. The base model has rows with the first seed."""
-    images = {}
-    if seed == SEEDS[0]:
-        with base_model(model):
-            images["before DreamBooth"] = generate(model, prompts, 0, SAMPLER, EACH)
-            name = f'before DreamBooth, "{LOOK}" for "[v]"'
-            images[name] = generate(model, named_prompts, 0, SAMPLER, EACH)
-    for name, lora in snapshots_of(out, seed).items():
+def sample_row(model, lora, name, prompts):
+    """The images (N, 3, 64, 64) of a row, EACH per prompt."""
+    if lora:
         load_lora(model, lora)
-        images[name] = generate(model, prompts, 0, SAMPLER, EACH)
-    return images
+        return generate(model, prompts, 0, SAMPLER, EACH)
+    if LOOK in name:
+        prompts = [named(prompt) for prompt in prompts]
+    with base_model(model):
+        return generate(model, prompts, 0, SAMPLER, EACH)
+
+
+def measure(sampled, prompts, part, judges):
+    """{name of a row: one dict per training seed}."""
+    named_prompts = [named(prompt) for prompt in prompts[part]]
+    rows = {}
+    for (name, seed), images in sampled.items():
+        before = sampled["DreamBooth, before treatment", seed][part]
+        row = judges(images[part], named_prompts, before)
+        row["instance"] = share_with_instance(images[part])
+        rows.setdefault(name, []).append(row)
+    return rows
 
 
 def share_with_instance(images):
@@ -220,15 +227,18 @@ def share_with_instance(images):
     return mean(has_instance)
 
 
-def draw_rows(out, pictures):
-    """Shows the six pictures, then a row of images per row of the table, without the 30 updates."""
-    images, _ = torch.load(out / f"measured_{SEEDS[0]}.pt", weights_only=True)
-    rows = []
-    for name, x in images.items():
-        if f"{TREATED_UPDATES // 2} updates" not in name:
-            rows.append(x[:: 4 * EACH])
-    columns = len(rows[0])
-    blank = torch.ones(columns - len(pictures), 3, 64, 64)
-    path = new_picture("diffdoctor_dreambooth.png")
-    save_grid(torch.cat([torch.stack(pictures), blank, *rows]), path, columns=columns)
-    shrink(path)
+def draw_before_and_after(sampled, prompts, detector):
+    """Shows one image of every fourth composition and three of the star alone, the first seed's."""
+    columns = []
+    for title, name in (
+        ("before\nDreamBooth", "before DreamBooth"),
+        ("DreamBooth,\nbefore treatment", "DreamBooth, before treatment"),
+        ("treated,\n120 updates", "treated, 120 updates"),
+    ):
+        images = sampled[name, SEEDS[0]]
+        shown = torch.cat([images["compositions"][:: 4 * EACH], images["alone"][:3]])
+        columns.append((title, shown))
+        with torch.no_grad():
+            columns.append(("red: what the\ndetector sees", overlay(shown, detector(shown))))
+    labels = prompts["compositions"][::4] + 3 * [INSTANCE]
+    draw_columns("diffdoctor_dreambooth.png", columns, labels)
