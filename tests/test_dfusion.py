@@ -120,7 +120,7 @@ def test_steps_are_counted_down_in_flags_and_up_in_the_code(model):
             dfusion_dpo.step_indices("--x", text, 20)
     assert dfusion_dpo.parse_args(["--model", "sd21"]).fusion_steps == "18-1"
     # The toy's trained steps fit only its own number of steps.
-    assert dfusion_dpo.parse_args([]).trained_steps == "4-3"
+    assert dfusion_dpo.parse_args([]).trained_steps == "10-3"
     assert dfusion_dpo.parse_args(["--num_inference_steps", "20"]).trained_steps == "20-1"
     scheduler = make_scheduler(model, "ddim", 4)
     assert dfusion_dpo.steps_with_noise(scheduler, range(1, 4)) == [1, 2, 3]
@@ -328,3 +328,12 @@ def test_dpok_of_two_rounds_and_resumed_inside_the_first(world, rounds):
     bases = torch.tensor(sorted(second)[1::-1])
     expected = dfusion_dpo.advantages(bases, first + second)
     assert torch.allclose(rounds[1].advantages[1], expected)
+
+
+def test_the_scale_of_the_loss_does_not_change_an_update(world):
+    """In a first update, beta only scales the loss. Adam's eps must be below the gradients."""
+    for beta in (2**-3, 2**-13):
+        train(world, f"{beta}", "--beta", beta, "--lr", 1e-3, "--train_steps", 1)
+    small = read_weights_of_run(f"{2**-13}")
+    for name, weights in read_weights_of_run(f"{2**-3}").items():
+        assert torch.allclose(small[name], weights, rtol=0, atol=1e-6)

@@ -1,8 +1,8 @@
 """Do D-Fusion's pairs teach more than naive ones? Its pairs, their gradients, and the training.
 
   dfusion_pairs.py        what the pairs look like, and which layers and steps make them
-  dfusion_gradients.py    whether the gradients of two rounds agree, and with the reward's
-  dfusion_training.py     what 21 training runs learn
+  dfusion_gradients.py    which sampling steps carry the reward's gradient
+  dfusion_training.py     what training on fused and on naive pairs learns
 
 Prints   the tables of the three, in this order.
 Took     about 2 minutes per training run on a CPU core; the other two, minutes each.

@@ -2,18 +2,19 @@
 
 And section 4.4's ablation: what if the trajectories come from DDIM inversion?
 
-Runs     21 of dfusion_dpo.py: DPO, DDPO and DPOK, each fused and naive, and DPO with inverted
-         trajectories; seeds 0 to 2; 32 updates, which are 16 rounds of 64 images. Then 8 images of
-         each of 40 unseen prompts after 16 and 32 updates, and of the base model, with seeds that
-         training never used.
-Prints   a table of the change from the base model, and fused minus naive for each seed.
-Draws    dfusion_training.png: two metrics over the images that went through the U-Net.
+Runs     first 4 of dfusion_dpo.py to choose DPO's learning rate on training prompts: fused and
+         naive, 3e-4 and 1e-3, seed 0, 9 updates. Then, with fresh seeds, 16 updates, which are 8
+         rounds of 64 images: DPO fused and naive with three seeds; DDPO and DPOK, fused and naive,
+         and fused DPO with inverted trajectories, with one seed each. Then 4 images of each of 40
+         unseen prompts after 12 and 16 updates, and of the base model, with new image seeds.
+Prints   what the learning rates score in their last two rounds; a table of the change from the
+         base model; and fused minus naive for each seed, at equal images and at equal passes.
+Draws    dfusion_training.png: three metrics over the images through the U-Net, a line per run.
+         dfusion_samples.png: unseen prompts before, and after naive and fused DPO.
 Took     about 2 minutes per run on a CPU core.
 """
 
-import itertools
 import json
-import re
 
 import torch
 
@@ -21,59 +22,108 @@ from common import ROOT, load_lora, load_model
 from data.prompts import encode_once
 from data.items import read_items
 from rewards import load_reward
-from run_folder import generate, save_grid, score
+from run_folder import generate, score
 
-from .tools import CPU, JUDGE_BATCH, NUM_IMAGES, NUM_PROMPTS, SEEDS, Judges, describe_differences
-from .tools import format_mean, mean, read_lines, repeat, save_figure, subplots, table_head
-from .tools import table_line, together, train
+from .dfusion_pairs import save_labelled_rows
+from .tools import CPU, JUDGE_BATCH, NUM_PROMPTS, Judges, describe_differences, format_mean, mean
+from .tools import read_lines, repeat, save_figure, subplots, table_head, table_line, together
+from .tools import train
 
-ALGOS = ("dpo", "ddpo", "dpok")
-METHODS = {"fused": (), "naive": ("--naive",)}
-INVERTED = "dpo, fused, inverted trajectories"
-SNAPSHOTS = (16, 32)  # updates; two of them make a round of 64 images, 8 prompts x 8
-# The rest are toy's defaults, which come from what dfusion_gradients.py finds.
-FLAGS = ("--micro_batch", 32, "--train_steps", SNAPSHOTS[-1], "--save_every", SNAPSHOTS[0])
-
-
-def kinds_of_runs():
-    """{kind of run: its flags}."""
-    kinds = {}
-    for algo in ALGOS:
-        for method, flags in METHODS.items():
-            kinds[f"{algo}, {method}"] = ("--algo", algo, *flags)
-    kinds[INVERTED] = ("--algo", "dpo", "--trajectory", "inversion")
-    return kinds
+REWARD = "toy_pref"
+# All steps but the two of smallest noise, whose long gradients carry no signal: see
+# dfusion_gradients.py. To save time, each pair trains on three of these eight, drawn anew in every
+# round.
+STEPS = ("--trained_steps", "10-3", "--train_timesteps", 3)
+LEARNING_RATES = (3e-4, 1e-3)
+LR = {"fused": 1e-3, "naive": 1e-3}  # chosen on training prompts: see the first table
+CHOICE_UPDATES = 9
+UPDATES = 16
+SAVE_EVERY = 12
+SEEDS = {"dpo": (1, 2, 3), "ddpo": (1,), "dpok": (1,), "inversion": (1,)}
+# After 12 updates, a fused run has as many images through the U-Net as a naive one after 16.
+SNAPSHOTS = (12, 16)
+NUM_IMAGES = 4  # per unseen prompt
+METRICS = (REWARD, "toy_pref_b", "toy_correct", "dino_div")
 
 
 def measure_training(out, jobs):
     """-> the lines of the tables."""
-    kinds = kinds_of_runs()
-    calls = list(itertools.product(SEEDS, kinds))
-
-    def train_kind(seed, kind):
-        folder = f"{re.sub(', | ', '_', kind)}_{seed}"
-        return train(out, folder, "dfusion_dpo", *FLAGS, *kinds[kind], "--seed", seed)
-
-    runs = dict(zip(calls, together(jobs, train_kind, calls)))
-    logs = {}
-    for call, run in runs.items():
-        logs[call] = read_lines(run / "log.jsonl")
+    lines = choose_learning_rates(out, jobs)
+    calls = []
+    for seed in range(1, 4):
+        for kind, seeds in SEEDS.items():
+            if seed in seeds:
+                calls += [(out, kind, method, seed) for method in methods_of(kind)]
+    runs = dict(zip([call[1:] for call in calls], together(jobs, train_run, calls)))
+    logs = {call: read_lines(run / "log.jsonl") for call, run in runs.items()}
 
     torch.set_num_threads(1)
     unseen = UnseenPrompts(out, next(iter(runs.values())))
     base = unseen.measure(None)
     change = {}
-    for (seed, kind), step in itertools.product(calls, SNAPSHOTS):
-        row = unseen.measure(runs[seed, kind] / "lora" / f"step_{step:06d}")
-        change[seed, kind, step] = subtract(row, base)
+    for (kind, method, seed), run in runs.items():
+        for step in SNAPSHOTS:
+            row = unseen.measure(run / "lora" / f"step_{step:06d}")
+            change[kind, method, seed, step] = subtract(row, base)
 
     plot_training(change, logs)
-    return table_of_changes(kinds, base, change, logs) + fused_minus_naive(base, change)
+    draw_samples(unseen, runs)
+    return lines + table_of_changes(base, change, logs) + fused_minus_naive(change)
+
+
+def methods_of(kind):
+    """The inverted trajectories are an ablation of the fused ones."""
+    return ("fused",) if kind == "inversion" else ("fused", "naive")
+
+
+def flags_of(kind, method, lr, updates):
+    """The command line of a kind of run."""
+    flags = ["--reward", REWARD, *STEPS, "--lr", lr, "--micro_batch", 32]
+    flags += ["--train_steps", updates, "--save_every", SAVE_EVERY]
+    if kind == "inversion":
+        flags += ["--trajectory", "inversion"]
+    else:
+        flags += ["--algo", kind]
+    if method == "naive":
+        flags += ["--naive"]
+    return flags
+
+
+def train_run(out, kind, method, seed):
+    flags = flags_of(kind, method, LR[method], UPDATES)
+    return train(out, f"{kind}_{method}_{seed}", "dfusion_dpo", *flags, "--seed", seed)
+
+
+def choose_learning_rates(out, jobs):
+    """-> the lines of a table: what each rate's last two rounds score on training prompts.
+
+    All these runs draw the same prompts and noise, so their rounds can be compared.
+    """
+
+    def train_choice(method, lr):
+        flags = flags_of("dpo", method, lr, CHOICE_UPDATES)
+        return train(out, f"choice_{method}_{lr}", "dfusion_dpo", *flags, "--seed", 0)
+
+    calls = [(method, lr) for method in ("fused", "naive") for lr in LEARNING_RATES]
+    runs = dict(zip(calls, together(jobs, train_choice, calls)))
+    lines = [
+        f"\n{REWARD} on training prompts, the last two rounds of {CHOICE_UPDATES} updates of DPO\n",
+        *table_head([str(lr) for lr in LEARNING_RATES]),
+    ]
+    for method in ("fused", "naive"):
+        cells = []
+        for lr in LEARNING_RATES:
+            log = read_lines(runs[method, lr] / "log.jsonl")
+            # Every row has its round's reward.
+            reward_of_round = {row["round"]: row["reward"] for row in log}
+            cells.append(f"{mean(list(reward_of_round.values())[-2:]):.3f}")
+        lines.append(table_line(method, cells))
+    return lines
 
 
 def subtract(row, base):
     """{metric: value} minus {metric: value}."""
-    return {metric: row[metric] - base[metric] for metric in base}
+    return {metric: row[metric] - base[metric] for metric in METRICS}
 
 
 class UnseenPrompts:
@@ -84,8 +134,16 @@ class UnseenPrompts:
         self.prompts = read_items(items, "both")[1][:NUM_PROMPTS]
         self.folder = out / "measured"
         self.sampler = json.loads((run / "config.json").read_text())["sampler"]
-        self.reward, _ = load_reward("toy_clip", CPU)
+        self.reward, _ = load_reward(REWARD, CPU)
         self.judges = Judges()
+
+    def images(self, lora, prompts, num_images):
+        """Images of a snapshot, or of the base model if it is None."""
+        model = load_model("toy", CPU)
+        encode_once(model, prompts)
+        if lora:
+            load_lora(model, lora)
+        return generate(model, prompts, 1, self.sampler, num_images)
 
     def measure(self, lora):
         """A snapshot, or None for the base model -> {metric: its mean}, made once."""
@@ -93,16 +151,11 @@ class UnseenPrompts:
         done = self.folder / f"{name}.json"
         if not done.exists():
             self.folder.mkdir(exist_ok=True)
-            model = load_model("toy", CPU)
-            encode_once(model, self.prompts)
-            if lora:
-                load_lora(model, lora)
-            images = generate(model, self.prompts, 1, self.sampler, NUM_IMAGES)
+            images = self.images(lora, self.prompts, NUM_IMAGES)
             r = score(self.reward, images, repeat(self.prompts, NUM_IMAGES), JUDGE_BATCH)
-            row = dict(toy_clip=r.mean().item())
+            row = {REWARD: r.mean().item()}
             row.update(self.judges(images, self.prompts, NUM_IMAGES))
             done.write_text(json.dumps(row) + "\n")
-            save_grid(images[: 8 * NUM_IMAGES], done.with_suffix(".png"), columns=NUM_IMAGES)
         return json.loads(done.read_text())
 
 
@@ -111,61 +164,83 @@ def until(log, step):
     return [row for row in log if row["step"] <= step]
 
 
-def total_passes(log):
-    """How many images went through the U-Net. With guidance each counts twice."""
-    return sum(row["passes"] for row in log)
+def total_passes(log, step):
+    """How many images went through the U-Net up to an update."""
+    return sum(row["passes"] for row in until(log, step))
 
 
-def table_of_changes(kinds, base, change, logs):
+def table_of_changes(base, change, logs):
     """The lines of the table: a row for each kind and snapshot."""
-    before = ", ".join(f"{metric} {value:.3f}" for metric, value in base.items())
+    before = ", ".join(f"{metric} {base[metric]:.3f}" for metric in METRICS)
+    columns = ["seeds", "images", "passes", "adopted", *METRICS]
     lines = [
         f"\nunseen prompts, the change from the base model at the same seeds ({before})\n",
-        *table_head(["images", "passes", "adopted", *base]),
+        *table_head(columns),
     ]
-    for step, kind in itertools.product(SNAPSHOTS, kinds):
-        # Every seed has as many images and passes.
-        first_log = until(logs[SEEDS[0], kind], step)
-        cells = [f"{first_log[-1]['images']:,}", f"{total_passes(first_log):,}"]
-        adopted = []
-        for seed in SEEDS:
-            adopted += [r["adoption"] for r in until(logs[seed, kind], step) if "adoption" in r]
-        cells.append(f"{mean(adopted):.2f}" if adopted else "")
-        for metric in base:
-            values = [change[seed, kind, step][metric] for seed in SEEDS]
-            cells.append(format_mean(values, 4, "+"))
-        lines.append(table_line(kind, cells))
+    for kind, seeds in SEEDS.items():
+        for method in methods_of(kind):
+            for step in SNAPSHOTS:
+                lines.append(line_of_changes(kind, method, step, seeds, change, logs))
     return lines
 
 
-def fused_minus_naive(base, change):
+def line_of_changes(kind, method, step, seeds, change, logs):
+    # Every seed has as many images and passes.
+    log = logs[kind, method, seeds[0]]
+    cells = [str(len(seeds)), f"{until(log, step)[-1]['images']:,}", f"{total_passes(log, step):,}"]
+    adopted = []
+    for seed in seeds:
+        rows = until(logs[kind, method, seed], step)
+        adopted += [row["adoption"] for row in rows if "adoption" in row]
+    cells.append(f"{mean(adopted):.2f}" if adopted else "")
+    for metric in METRICS:
+        values = [change[kind, method, seed, step][metric] for seed in seeds]
+        cells.append(format_mean(values, 3, "+"))
+    return table_line(f"{kind}, {method}", cells)
+
+
+def fused_minus_naive(change):
     """The lines that pair fused and naive runs by seed."""
     lines = ["\nfused minus naive, mean (each seed)\n"]
-    for step, algo in itertools.product(SNAPSHOTS, ALGOS):
-        differences = {metric: [] for metric in base}
-        for seed in SEEDS:
-            fused = change[seed, f"{algo}, fused", step]
-            naive = change[seed, f"{algo}, naive", step]
-            for metric, value in subtract(fused, naive).items():
-                differences[metric].append(value)
-        lines.append(f"  {algo:<5}{step} updates  " + describe_differences(differences))
+    steps = {"equal images": (16, 16), "equal passes": (12, 16)}
+    for kind in ("dpo", "ddpo", "dpok"):
+        for name, (fused_step, naive_step) in steps.items():
+            differences = {metric: [] for metric in METRICS}
+            for seed in SEEDS[kind]:
+                fused = change[kind, "fused", seed, fused_step]
+                naive = change[kind, "naive", seed, naive_step]
+                for metric in METRICS:
+                    differences[metric].append(fused[metric] - naive[metric])
+            lines.append(f"  {kind:<5}{name}  " + describe_differences(differences))
     return lines
 
 
 def plot_training(change, logs):
-    """Draws the change of two metrics over the images through the U-Net, one line per run."""
-    figure, axes = subplots(2, 3, 3.7, 3, sharey="row")
-    for axes_of_algo, algo in zip(axes.T, ALGOS):
-        for method, color in zip(METHODS, ("tab:blue", "tab:red")):
-            for seed in SEEDS:
-                kind = f"{algo}, {method}"
-                log = logs[seed, kind]
-                x = [total_passes(until(log, step)) / 1000 for step in (0, *SNAPSHOTS)]
-                for axis, metric in zip(axes_of_algo, ("toy_clip", "toy_correct")):
-                    y = [0] + [change[seed, kind, step][metric] for step in SNAPSHOTS]
-                    label = method if seed == SEEDS[0] else None
-                    axis.plot(x, y, "o-", color=color, markersize=3, label=label)
-                    axis.set(title=f"{algo}: {metric}, change")
-                    axis.set(xlabel="thousand images through the U-Net")
+    """Draws the change of three metrics over the images through the U-Net, one line per run."""
+    metrics = (REWARD, "toy_pref_b", "toy_correct")
+    figure, axes = subplots(2, 3, 3.7, 2.7, sharey="col")
+    for axes_of_algo, algo in zip(axes, ("dpo", "ddpo")):
+        for method, color in (("fused", "tab:blue"), ("naive", "tab:red")):
+            for seed in SEEDS[algo]:
+                log = logs[algo, method, seed]
+                x = [0] + [total_passes(log, step) / 1000 for step in SNAPSHOTS]
+                label = method if seed == SEEDS[algo][0] else None
+                for axis, metric in zip(axes_of_algo, metrics):
+                    y = [0]
+                    y += [change[algo, method, seed, step][metric] for step in SNAPSHOTS]
+                    axis.plot(x, y, "o-", color=color, markersize=3, alpha=0.7, label=label)
+                    axis.set(title=f"{algo.upper()}: change of {metric}")
+    for axis in axes[-1]:
+        axis.set(xlabel="thousand images through the U-Net")
     axes[0, 0].legend(fontsize=8)
     save_figure(figure, "dfusion_training.png", dpi=80)
+
+
+def draw_samples(unseen, runs):
+    """Draws one image of every fourth prompt: the base model, then DPO naive and fused."""
+    prompts = unseen.prompts[::4]
+    rows = {"before": unseen.images(None, prompts, 1)}
+    for method in ("naive", "fused"):
+        lora = runs["dpo", method, 1] / "lora" / "step_000016"
+        rows[f"after, {method}"] = unseen.images(lora, prompts, 1)
+    save_labelled_rows(rows, "dfusion_samples.png")
