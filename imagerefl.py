@@ -19,18 +19,22 @@ Differences from the paper's code:
 1. If mid == start, there is nothing to denoise. The released code takes a step anyway, so its
    model sees latents at the wrong noise level.
 2. Every fourth update is a ReFL step, as in the paper. The released code counts micro-batches, and
-   its published configuration has no ReFL steps.
+   its published configuration has no ReFL steps. There, a ReFL step has a diffusion loss at t_mid.
 3. We draw mid once per update, set Adam's eps to 1e-15, and take one optimizer step per update. See
-   differences 1 to 3 in refl.py.
-4. We resize and crop images. The released code squashes them into a square.
+   differences 1 to 3 in refl.py. The released configuration has Adam, and the paper AdamW.
+4. We resize and crop images, and encode them to the posterior's mean. The released code squashes
+   them into a square and draws a sample.
 5. We train a LoRA by default; --lora_rank 0 fine-tunes the whole denoiser, as the paper does.
+6. The diffusion loss is in units of the model's output. If the model predicts v, the error of the
+   noise is alpha_bar(t') times that of v, so our diffusion_weight acts like one of
+   diffusion_weight / alpha_bar(t') in Eq. 5, which is 1.3 times as much on the toy world.
 The tuned model is meant to take over from the base model for the last steps: see
 combined_sample.py --mode combined. The held-out reward and the samples come from the tuned model
 alone, in all steps. The paper does not cover FLUX, and neither does this script.
 
   $ python imagerefl.py                                   # the toy world: minutes on two CPU cores
   $ python imagerefl.py --model sdxl --reward hps         # one CUDA GPU; COCO's images and captions
-  $ python combined_sample.py --lora runs/imagerefl-toy-toy_pref --mode combined --base_steps 14 \\
+  $ python combined_sample.py --lora runs/imagerefl-toy-toy_pref --mode combined --base_steps 15 \\
         --out images
 """
 
@@ -51,9 +55,10 @@ from run_folder import Run, check_out, chosen_model, held_out, print_settings, r
 from run_folder import run_name, settings_for, settings_parser
 
 NAME = "imagerefl"  # names the run folder and the progress bar; change it in a fork
-# From section 5; start and mid are from the code, where ImageReFL runs 40 "epochs" of 100 updates.
-# lora_rank 0, which is full fine-tuning, and its learning rate are the paper's. Nothing reads PAPER
-# but OURS and the printed settings, which show where we depart from it.
+# From section 5; start and mid are from the code. The paper's 40 "epochs" are 4000 updates if one
+# has 100 updates, as in the code's ReFL. The code's ImageReFL has 20 of 200. lora_rank 0, which is
+# full fine-tuning, and its learning rate are the paper's. Nothing reads PAPER but OURS and the
+# printed settings, which show where we depart from it.
 PAPER = {
     "sd15": dict(
         train_steps=4000, batch_size=32, resolution=512, lr=3e-4, lora_rank=0,
@@ -73,8 +78,8 @@ OURS = {
     "sd21": {**PAPER["sd15"], "lora_rank": 32},
     "sdxl": {**PAPER["sdxl"], "lora_rank": 32},
     "toy": dict(
-        train_steps=240, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
-        num_inference_steps=20, start=12, first_mid=12, last_mid=19, reward_scale=1e-3,
+        train_steps=30, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
+        num_inference_steps=20, start=15, first_mid=15, last_mid=19, reward_scale=1e-3,
         diffusion_weight=1e-5, refl_every=4,
         reward="toy_pref", data=f"{TOY}/images", test_prompts=f"{TOY}/prompts_test.txt",
     ),
@@ -89,7 +94,8 @@ def parse_args(argv=None):
         " except with toy models")
     add("--data", help="image folder with metadata.jsonl; without it, COCO, fetched as needed")
     add("--prompts", help="prompts for the ReFL steps, one per line; without it, --data's captions")
-    add("--test_prompts", help="held-out prompts; we use the first 16; without it, COCO's captions")
+    add("--test_prompts", help="held-out prompts; we use the first 16; without it, COCO's captions."
+        " data/hpdv2.py fetches the paper's 400 test prompts")
     add("--train_steps", type=int, help="optimizer updates")
     add("--batch_size", type=int, help="images per update")
     add("--micro_batch", type=int, default=8, help="images per gradient pass; lower to save memory")
@@ -137,7 +143,7 @@ def linear_loss(r, shift, scale, reward_scale):
 
 
 def diffusion_loss(noise_pred, target):
-    """Eq. 5, as a mean over (B, C, h, w). The target is the noise, or v, of the latents at t'."""
+    """Eq. 5, but a mean over (B, C, h, w). The target is the noise, or v, of the latents at t'."""
     return F.mse_loss(noise_pred, target)
 
 

@@ -75,8 +75,8 @@ OURS = {
         num_inference_steps=28, first_mid=20, last_mid=27, reward_scale=1e-3,
     ),
     "toy": dict(
-        train_steps=240, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
-        num_inference_steps=20, first_mid=12, last_mid=19, reward_scale=1e-3,
+        train_steps=30, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
+        num_inference_steps=20, first_mid=15, last_mid=19, reward_scale=1e-3,
         reward="toy_pref", prompts=f"{TOY}/prompts_train.txt",
         test_prompts=f"{TOY}/prompts_test.txt",
     ),

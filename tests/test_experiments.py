@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, random_lora, run_script
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+import combined_sample
+from common import load_model, make_trainable
 from results import run
-from results.experiments import diffdoctor_treatment, focus_n_fix, refl, tools
+from results.experiments import diffdoctor_treatment, focus_n_fix, imagerefl, refl, tools
 from toy.oracle import correct
 from toy.scenes import render, sample_scene
 
@@ -92,13 +96,45 @@ def test_grain_sees_stripes_in_the_background_and_not_the_objects():
     assert 4.5 < diffdoctor_treatment.grain([(image + stripes).clamp(0, 1)]) < 6
 
 
-def test_renders_show_what_their_captions_say(tmp_path, monkeypatch):
+def test_real_scenes_show_what_their_captions_say():
     prompts = ["a red circle above a blue square", "a green star"]
-    tools.write_prompts(tmp_path / "prompts.txt", prompts)
-    monkeypatch.setattr(refl, "held_out_prompts", lambda out: out / "prompts.txt")
-    images, captions = focus_n_fix.read_folder(refl.write_renders(tmp_path))
-    assert captions == tools.repeat(prompts, 8)
-    assert all(correct(image, caption) for image, caption in zip(images, captions))
+    images = refl.real_scenes(prompts, 8)
+    assert all(correct(image, caption) for image, caption in zip(images, tools.repeat(prompts, 8)))
+
+
+def test_the_bench_makes_the_images_of_combined_sample(tmp_path):
+    """Although it takes the base model's first steps once for all."""
+    model = load_model("toy", CPU)
+    random_lora(make_trainable(model, 4), size=0.1)
+    model.save(tmp_path / "lora")
+    words = ["--lora", tmp_path / "lora", "--num_images", 2, "--device", "cpu", "--mode"]
+    words = ["--prompts", tools.write_prompts(tmp_path / "p.txt", ["a red star"]), *words]
+    run_script(combined_sample, *words, "combined", "--base_steps", 16, "--out", tmp_path / "16")
+    run_script(combined_sample, *words, "aig", "--aig_power", 2, "--out", tmp_path / "aig")
+
+    bench = refl.Bench(tmp_path / "refl", ["a red star"], each=2)
+    bench.measure("5", tmp_path / "lora", bench.combined, 5)
+    bench.measure("16", tmp_path / "lora", bench.combined, 16)
+    bench.measure("again", tmp_path / "lora", bench.combined, 16)
+    bench.measure("aig", tmp_path / "lora", bench.aig, 2.0)
+    assert torch.equal(bench.images("16"), bench.images("again"))
+    for name in ("16", "aig"):
+        files = sorted((tmp_path / name).glob("0*.png"))
+        images = torch.stack([pil_to_tensor(Image.open(file)) for file in files]) / 255
+        assert (images - bench.images(name)).abs().max() < 1.5 / 255
+    assert not torch.equal(bench.images("16"), bench.images("aig"))
+
+
+def test_equal_diversity_is_read_off_the_best_of_several_lines():
+    lines = [
+        [dict(dino_div=0.2, x=3), dict(dino_div=0.1, x=1)],
+        [dict(dino_div=0.15, x=2), dict(dino_div=0.25, x=2.4)],
+    ]
+    assert imagerefl.at_diversity(lines, 0.12, "x") == pytest.approx(1.4)
+    assert imagerefl.at_diversity(lines, 0.15, "x") == pytest.approx(2)
+    assert imagerefl.at_diversity(lines, 0.18, "x") == pytest.approx(2.6)
+    assert imagerefl.at_diversity(lines, 0.225, "x") == pytest.approx(2.3)
+    assert np.isnan(imagerefl.at_diversity(lines, 0.3, "x"))
 
 
 def test_shrink_leaves_256_colors_and_the_size(tmp_path):

@@ -9,7 +9,7 @@ from conftest import CPU, read_log, run_script
 import imagerefl
 import refl
 from common import add_noise, diffusion_target, encode, generator, initial_latents, load_model
-from common import make_scheduler
+from common import make_scheduler, predict_x0
 from data.prompts import condition
 
 SHORT = "--num_inference_steps 6 --start 3 --first_mid 3 --last_mid 5".split()
@@ -51,6 +51,29 @@ def test_the_diffusion_loss_by_hand(world, family):
     assert torch.equal(target, noise) == (family == "sd")
     assert imagerefl.diffusion_loss(target, target) == 0
     assert imagerefl.diffusion_loss(target + 2, target) == pytest.approx(4)
+
+
+def test_an_error_in_v_is_larger_than_the_same_error_in_the_noise(world):
+    """Difference 6: with v-prediction, the squared error of the noise is alpha_bar times v's."""
+    model = load_model(world.sd_v, CPU)
+    scheduler = make_scheduler(model, "ddpm", 40)
+    t = scheduler.timesteps[30]
+    x0, noise, v_error = (torch.randn(2, 4, 8, 8, generator=generator(0, i)) for i in range(3))
+    noisy = add_noise(scheduler, x0, noise, t)
+    target = diffusion_target(scheduler, x0, noise, t)
+    v_mse = imagerefl.diffusion_loss(target + v_error, target)
+    # The noise that a prediction of v implies, from x_t = sqrt(alpha_bar) x0 + ... noise.
+    alpha_bar = model.pipe.scheduler.alphas_cumprod[t]
+    x0_pred = predict_x0(scheduler, target + v_error, t, noisy)
+    noise_pred = (noisy - alpha_bar.sqrt() * x0_pred) / (1 - alpha_bar).sqrt()
+    noise_mse = imagerefl.diffusion_loss(noise_pred, noise)
+    torch.testing.assert_close(noise_mse, alpha_bar * v_mse, rtol=1e-4, atol=0)
+    # At the toy world's t', a weight on v's error counts 1.3 times as much.
+    row = imagerefl.OURS["toy"]
+    toy = make_scheduler(load_model("toy", CPU), "ddpm", row["num_inference_steps"])
+    alpha_bar = toy.alphas_cumprod[toy.timesteps[row["start"]]]
+    assert toy.config.prediction_type == "v_prediction"
+    assert 1 / alpha_bar == pytest.approx(1.33, abs=0.01)
 
 
 @pytest.fixture

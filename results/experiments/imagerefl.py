@@ -1,275 +1,183 @@
 """What do combined generation, AIG and ImageReFL's training keep of reward and diversity?
 
-ImageReFL's Table 1 and Figures 5 and 9, beside the same seeds of ReFL. ImageReFL goes further than
-ReFL in the same number of updates, and at the paper's weight its diffusion loss hardly restrains
-the toy model.
-So we also ask which of its snapshots is as diverse as the last one of ReFL. We ask on training
-prompts and seed 0, and then compare on held-out prompts.
+ImageReFL's Table 1 and Figures 5 and 9, beside the same seeds of ReFL, on held-out prompts.
 
-Runs     refl.py's 3 runs, which it shares with the experiment refl, and 12 of imagerefl.py (240
-         updates, seeds 0 to 2): its defaults, --diffusion_weight 1e-4, and two ablations. Then 8
-         images of each of 40 held-out prompts per row: tuned, combined with 5 to 17 base steps, and
-         AIG. To choose the snapshots, also 4 images of each of 40 training prompts.
-Prints   what the choice of snapshots is based on; the table; and the differences from ReFL at the
-         same switch points, paired by training seed.
-Draws    trade_off.png: each metric against diversity.
-Took     about 2.5 minutes per run on two CPU cores when nothing else ran, plus the images.
+Runs     the 3 runs of the experiment refl, and 3 of imagerefl.py, which get up to twice as many
+         updates, as in the paper (seeds 0 to 2). Then 4 images of each of 40 held-out prompts:
+         combined generation from two or three snapshots of every run at several switch points; and
+         AIG with two powers from ReFL's last snapshot.
+Prints   the table; and every method's best unseen judge and captions at equal diversity, read off
+         straight lines between neighboring settings, with differences paired by training seed.
+Draws    trade_off.png, each metric against diversity; and trade_off_images.png, the same prompts
+         and noise under every method.
+Took     about half an hour of CPU time, with the runs of the experiment refl.
 """
 
 import itertools
-import shutil
 
-from common import TOY
-from data.prompts import read_prompts
+import numpy as np
 
-from .refl import METRICS, measure, write_renders
-from .tools import NUM_IMAGES, NUM_PROMPTS, SEEDS, describe_differences, held_out_prompts, mean
-from .tools import run_script, sample_images, save_figure, snapshot_names, subplots, together
-from .tools import train, updates_of, write_prompts, write_table
+from .refl import LATE, METRICS, NUM_STEPS, SHOWN, UPDATES, Bench, combined_name, draw_rows
+from .refl import train_run
+from .tools import SEEDS, describe_differences, held_out_prompts, mean, save_figure, subplots
+from .tools import together, train, write_table
 
-BASE_STEPS = (5, 8, 11, 14, 17)  # of 20: the switch points of combined generation
-LATER_BASE_STEPS = BASE_STEPS[2:]  # those that the chosen snapshots are shown at
-SWITCH = 11  # the one that the ablations are shown at
-MATCH = 14  # the one at which ImageReFL's number of updates is chosen, on training prompts
-# A diffusion_weight at which the diffusion loss holds the toy model. The paper's is 1e-5.
-WEIGHT = 1e-4
-REFL_EARLIER = "step_000120"  # ReFL stopped earlier, for comparison
-KINDS = {  # kind of run: its name in the table, its script and flags
-    "refl": ("ReFL", "refl"),
-    "imagerefl": ("ImageReFL", "imagerefl"),
-    "no_diffusion": (
-        "ImageReFL without the diffusion loss", "imagerefl", "--diffusion_weight", 0,
-    ),
-    "no_refl": ("ImageReFL without ReFL steps", "imagerefl", "--refl_every", 0),
-    "weighted": (
-        f"ImageReFL, diffusion_weight {WEIGHT:g}", "imagerefl", "--diffusion_weight", WEIGHT,
-    ),
+BASE_STEPS = {"ReFL": (5, 10, 15, 17), "ImageReFL": (10, 15, 17)}  # of 20: the switch points
+SNAPSHOTS = {
+    "ReFL": (UPDATES, 2 * UPDATES),
+    "ImageReFL": (UPDATES, 2 * UPDATES, 4 * UPDATES),
 }
-COMPARED = ("refl", "imagerefl", "weighted")  # kinds of which we choose a snapshot
+POWERS = (1, 3)  # AIG's
+DIVERSITIES = (0.185, 0.195, 0.205)  # at which methods are compared
+COMPARED = ("toy_pref", "toy_pref_b", "toy_correct")
 
 
 def imagerefl(out, jobs):
-    calls = [(out, kind, seed) for seed in SEEDS for kind in KINDS]
-    together(jobs, train_kind, calls)
-    rows = measure_last(out, jobs)
-    chosen = choose_snapshots(out, jobs)
-    later = measure_chosen(out, jobs, chosen)
-    write_table(out / "table.md", {**rows, **later})
-
-    updates = updates_of(snapshot_names(run_of(out, "refl", SEEDS[0]))[-1])
-    own = combined_rows(rows, "ImageReFL", BASE_STEPS)
-    print_differences("ImageReFL after as many updates", own, rows, updates)
-    for kind in ("imagerefl", "weighted"):
-        name = chosen_name(kind, chosen[kind])
-        own = combined_rows(later, name, LATER_BASE_STEPS)
-        print_differences(name, own, rows, updates)
-    plot_trade_off(rows, later, chosen)
-
-
-def combined_name(name, base_steps):
-    """What the table calls combined generation."""
-    return f"{name} + combined, {base_steps} base steps"
-
-
-def combined_rows(rows, name, base_steps):
-    """{number of base steps: its row}."""
-    return {n: rows[combined_name(name, n)] for n in base_steps}
+    runs = together(jobs, train_both, [(out, seed) for seed in SEEDS])
+    bench = Bench(out, held_out_prompts(out).read_text().splitlines())
+    rows = measure_rows(bench, runs)
+    write_table(out / "table.md", rows)
+    print_fronts(rows)
+    plot_trade_off(rows)
+    draw_images(bench)
 
 
 # --------------------------------------------------------------------------------------------------
-# Training
+# Training and measuring
 
 
-def run_of(out, kind, seed):
-    """The folder of a run. Those of ReFL belong to the experiment refl."""
-    if kind == "refl":
-        return out.parent / "refl" / f"run_{seed}"
-    return out / f"{kind}_{seed}"
+def train_both(out, seed):
+    """A run of ReFL and one of ImageReFL -> {method: folder}. ReFL's belong to that experiment."""
+    flags = ("--train_steps", 4 * UPDATES, "--save_every", UPDATES)
+    image_run = train(out, f"run_{seed}", "imagerefl", "--seed", seed, *flags)
+    return {"ReFL": train_run(out.parent / "refl", seed), "ImageReFL": image_run}
 
 
-def train_kind(out, kind, seed):
-    run = run_of(out, kind, seed)
-    _, script, *flags = KINDS[kind]
-    train(run.parent, run.name, script, *flags, "--seed", seed)
+def aig_name(updates, power):
+    return f"ReFL, {updates} updates + AIG, power {power}"
 
 
-# --------------------------------------------------------------------------------------------------
-# The last snapshots
-
-
-def measure_last(out, jobs):
-    """{name of a row: its metrics, one dict per training seed}, without the chosen snapshots."""
-    # The renders come first: they are the reference of all others.
-    rows = {"real scenes": [measure(out, write_renders(out))]}
-    measured = together(jobs, measure_base, [(out, 4), (out, 1)])
-    calls = [(out, kind, seed) for seed in SEEDS for kind in KINDS if kind != "weighted"]
-    measured += together(jobs, measure_run, calls)
-    for metrics_of_rows in measured:
-        for name, metrics in metrics_of_rows.items():
-            rows.setdefault(name, []).append(metrics)
-    return dict(sorted(rows.items(), key=row_order))
-
-
-def row_order(item):
-    """Base and real scenes first, then by kind, and the shorter name first."""
-    name, _ = item
-    is_tuned = not name.startswith(("base", "real"))
-    return is_tuned, name.split(",")[0], len(name), name
-
-
-def measure_base(out, guidance_scale):
-    """The base model -> {name of its row: its metrics}."""
-    lora = run_of(out, "refl", SEEDS[0])
-    flags = ("--mode", "base", "--lora", lora, "--base_guidance_scale", guidance_scale)
-    folder = sample_images(out, f"base_{guidance_scale}", *flags)
-    return {f"base, guidance {guidance_scale}": measure(out, folder)}
-
-
-def measure_run(out, kind, seed):
-    """The last snapshot of a run, with every way to sample it -> {name of a row: its metrics}."""
-    label = KINDS[kind][0]
-    run = run_of(out, kind, seed)
-    base_steps = (SWITCH,) if kind.startswith("no_") else BASE_STEPS
-    rows = {}
-    for n, folder in sample_combined(out, run, f"{kind}_{seed}_combined", base_steps).items():
-        metrics = measure(out, folder, f"{kind}_{seed}_combined_{n}")
-        rows[combined_name(label, n)] = metrics
-
-    folder = sample_images(out, f"{kind}_{seed}", "--mode", "tuned", "--lora", run)
-    rows[label] = measure(out, folder)
-    if kind == "refl":
-        for guidance_scale in (1, 4):
-            flags = ("--mode", "aig", "--lora", run, "--base_guidance_scale", guidance_scale)
-            folder = sample_images(out, f"{kind}_{seed}_aig_{guidance_scale}", *flags)
-            rows[f"{label} + AIG, base guidance {guidance_scale}"] = measure(out, folder)
+def measure_rows(bench, runs):
+    """{name of a row: its metrics, one dict per training seed}."""
+    rows = {"base, guidance 4": [bench.measure("base_4", None, bench.combined, NUM_STEPS, 4.0)]}
+    for kind, snapshots in SNAPSHOTS.items():
+        # Only ReFL is also sampled alone, with 0 base steps.
+        switches = (0, *BASE_STEPS[kind]) if kind == "ReFL" else BASE_STEPS[kind]
+        for updates, base_steps in itertools.product(snapshots, switches):
+            row_name = combined_name(kind, updates, base_steps)
+            for seed in SEEDS:
+                run = runs[seed][kind]
+                metrics = bench.measure_combined(kind, run, seed, updates, base_steps)
+                rows.setdefault(row_name, []).append(metrics)
+    updates = SNAPSHOTS["ReFL"][-1]
+    for power in POWERS:
+        for seed in SEEDS:
+            lora = runs[seed]["ReFL"] / "lora" / f"step_{updates:06d}"
+            metrics = bench.measure(f"aig_{seed}_{updates}_{power}", lora, bench.aig, power)
+            rows.setdefault(aig_name(updates, power), []).append(metrics)
     return rows
 
 
-def sample_combined(out, run, name, base_steps):
-    """Samples held-out prompts at several switch points -> {number of base steps: folder}."""
-    folder = out / "images" / name
-    folders = {n: folder / f"base_steps_{n}" for n in base_steps}
-    if len(base_steps) == 1:
-        folders = {base_steps[0]: folder}
-    done = folders[base_steps[-1]] / "metadata.jsonl"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-    run_script(
-        out, name, "combined_sample", "--lora", run, "--mode", "combined",
-        "--base_steps", *base_steps, "--prompts", held_out_prompts(out),
-        "--num_images", NUM_IMAGES, "--out", folder, done=done,
-    )
-    return folders
+# --------------------------------------------------------------------------------------------------
+# Equal diversity
+
+
+def lines_of(rows, seed):
+    """{method: its lines, each a list of metrics}. Every line ends at the guided base model."""
+    (base,) = rows["base, guidance 4"]
+    lines = {}
+    for kind, snapshots in SNAPSHOTS.items():
+        lines[kind] = []
+        for updates in snapshots:
+            names = [combined_name(kind, updates, n) for n in BASE_STEPS[kind]]
+            lines[kind].append([rows[name][seed] for name in names] + [base])
+    updates = SNAPSHOTS["ReFL"][-1]
+    names = [aig_name(updates, power) for power in POWERS]
+    lines["AIG"] = [[rows[name][seed] for name in names] + [base]]
+    # AIG starts from this snapshot only, so it is compared with its line.
+    lines["ReFL, last"] = lines["ReFL"][-1:]
+    return lines
+
+
+def at_diversity(lines, diversity, metric):
+    """The best value of a metric at this diversity, over straight lines between settings."""
+    values = []
+    for line in lines:
+        for left, right in zip(line, line[1:]):
+            low, high = sorted([left["dino_div"], right["dino_div"]])
+            if low <= diversity <= high:
+                ends = sorted([left, right], key=lambda row: row["dino_div"])
+                y = [row[metric] for row in ends]
+                values.append(np.interp(diversity, [low, high], y).item())
+    return max(values, default=float("nan"))
+
+
+def print_fronts(rows):
+    """Prints every method at equal diversity, and the differences from ReFL with base steps."""
+    for diversity in DIVERSITIES:
+        print(f"\nat dino_div {diversity}")
+        per_method = {}
+        for seed in SEEDS:
+            for method, lines in lines_of(rows, seed).items():
+                values = {metric: at_diversity(lines, diversity, metric) for metric in COMPARED}
+                per_method.setdefault(method, []).append(values)
+        for method, per_seed in per_method.items():
+            means = [f"{m} {mean(row[m] for row in per_seed):.3f}" for m in COMPARED]
+            print(f"  {method:<12}" + "  ".join(means))
+        for method, other in (("ImageReFL", "ReFL"), ("AIG", "ReFL, last")):
+            differences = {}
+            for metric in COMPARED:
+                pairs = zip(per_method[method], per_method[other])
+                differences[metric] = [own[metric] - refl[metric] for own, refl in pairs]
+            print(f"  {method} minus {other}: " + describe_differences(differences))
 
 
 # --------------------------------------------------------------------------------------------------
-# The chosen snapshots
+# The pictures
 
 
-def choose_snapshots(out, jobs):
-    """Chooses the snapshots that are as diverse as ReFL's last -> {kind: name of its snapshot}.
-
-    We ask on training prompts, so that the held-out ones have no part in the choice. Of ReFL
-    itself it is the snapshot REFL_EARLIER.
-    """
-    training_prompts = read_prompts(TOY / "prompts_train.txt")[:NUM_PROMPTS]
-    prompts = write_prompts(out / "training_prompts.txt", training_prompts)
-    snapshots = snapshot_names(run_of(out, "refl", SEEDS[0]))
-
-    def measure_on_training_prompts(kind, snapshot):
-        lora = run_of(out, kind, SEEDS[0]) / "lora" / snapshot
-        flags = ("--lora", lora, "--mode", "combined", "--base_steps", MATCH)
-        name = f"tuning_{kind}_{snapshot}"
-        return measure(out, sample_images(out, name, *flags, prompts=prompts, num_images=4))
-
-    calls = list(itertools.product(COMPARED, snapshots))
-    tuning = dict(zip(calls, together(jobs, measure_on_training_prompts, calls)))
-    print(f"\ntraining prompts, seed 0, {MATCH} base steps")
-    for kind, snapshot in sorted(tuning):
-        # The reference of frechet_toy has other prompts.
-        metrics = tuning[kind, snapshot]
-        parts = [f"{name} {metrics[name]:.3f}" for name in METRICS if name != "frechet_toy"]
-        print(f"  {kind:<10}{snapshot}  " + "  ".join(parts))
-
-    target = tuning["refl", snapshots[-1]]["dino_div"]
-    chosen = {}
-    for kind in ("imagerefl", "weighted"):
-        distance = {name: abs(tuning[kind, name]["dino_div"] - target) for name in snapshots}
-        chosen[kind] = min(distance, key=distance.get)
-    chosen["refl"] = REFL_EARLIER
-    return chosen
+def mean_over_seeds(per_seed):
+    """One dict per training seed -> their mean."""
+    return {metric: mean(row[metric] for row in per_seed) for metric in METRICS}
 
 
-def chosen_name(kind, snapshot):
-    """What the table calls a chosen snapshot."""
-    return f"{KINDS[kind][0]}, {updates_of(snapshot)} updates"
-
-
-def measure_chosen(out, jobs, chosen):
-    """{name of a row: its metrics, one dict per training seed} of the chosen snapshots."""
-
-    def measure_cell(kind, base_steps, seed):
-        snapshot = chosen[kind]
-        lora = run_of(out, kind, seed) / "lora" / snapshot
-        flags = ("--lora", lora, "--mode", "combined", "--base_steps", base_steps)
-        name = f"{kind}_{seed}_{snapshot}_{base_steps}"
-        return measure(out, sample_images(out, name, *flags))
-
-    calls = list(itertools.product(chosen, LATER_BASE_STEPS, SEEDS))
-    rows = {}
-    for call, metrics in zip(calls, together(jobs, measure_cell, calls)):
-        kind, base_steps, _ = call
-        name = combined_name(chosen_name(kind, chosen[kind]), base_steps)
-        rows.setdefault(name, []).append(metrics)
-    return rows
-
-
-def print_differences(name, own, rows, updates):
-    """Prints own {base steps: one dict per seed} minus ReFL's last snapshot, paired by seed."""
-    print(f"\n{name}, minus ReFL after {updates} updates: mean (each seed)")
-    for base_steps, per_seed in own.items():
-        refl_per_seed = rows[combined_name("ReFL", base_steps)]
-        differences = {}
-        for metric in METRICS:
-            pairs = zip(per_seed, refl_per_seed)
-            differences[metric] = [row[metric] - refl[metric] for row, refl in pairs]
-        print(f"  {base_steps:>2} base steps  " + describe_differences(differences))
-
-
-# --------------------------------------------------------------------------------------------------
-# The picture
-
-
-def plot_trade_off(rows, later, chosen):
-    """Draws each metric against diversity, with a line over the switch points of each kind."""
-    lines = []  # rows of a line, color, form, label
-    for name, color in (("ReFL", "tab:blue"), ("ImageReFL", "tab:orange")):
-        combined = combined_rows(rows, name, BASE_STEPS).values()
-        curve = [rows[name], *combined, rows["base, guidance 4"]]
-        lines.append((curve, color, "o-", f"{name} + combined"))
-        lines.append(([rows[name]], color, "s", f"{name} alone"))
-    for kind, color in (("refl", "tab:cyan"), ("imagerefl", "tab:red"), ("weighted", "tab:green")):
-        name = chosen_name(kind, chosen[kind])
-        curve = list(combined_rows(later, name, LATER_BASE_STEPS).values())
-        lines.append((curve, color, "o--", f"{name} + combined"))
-    points = {
-        "base, guidance 4": ("black", "*"),
-        "base, guidance 1": ("black", "."),
-        "real scenes": ("green", "^"),
-        "ReFL + AIG, base guidance 1": ("blue", "x"),
-        "ReFL + AIG, base guidance 4": ("blue", "+"),
-    }
-    for name, (color, marker) in points.items():
-        lines.append(([rows[name]], color, marker, name))
+def plot_trade_off(rows):
+    """Draws each metric against diversity, with a line over the settings of each method."""
+    (base,) = rows["base, guidance 4"]
+    lines = {}  # label: rows of the line, color, form
+    forms = (("tab:cyan", "tab:blue"), ("gold", "tab:orange", "tab:red"))
+    for (kind, snapshots), colors in zip(SNAPSHOTS.items(), forms):
+        for updates, color in zip(snapshots, colors):
+            names = [combined_name(kind, updates, n) for n in BASE_STEPS[kind]]
+            line = [mean_over_seeds(rows[name]) for name in names] + [base]
+            lines[f"{kind}, {updates} updates"] = (line, color, "o-")
+    updates = SNAPSHOTS["ReFL"][-1]
+    line = [mean_over_seeds(rows[aig_name(updates, power)]) for power in POWERS]
+    lines[f"ReFL, {updates} updates, AIG"] = (line + [base], "tab:green", "+--")
+    lines["base, guidance 4"] = ([base], "black", "*")
 
     shown = [metric for metric in METRICS if metric != "dino_div"]
     figure, axes = subplots(1, len(shown), 4, 3.6)
     for axis, metric in zip(axes, shown):
-        for curve, color, form, label in lines:
-            x = [mean(row["dino_div"] for row in per_seed) for per_seed in curve]
-            y = [mean(row[metric] for row in per_seed) for per_seed in curve]
-            size = dict(markersize=3) if form.startswith("o") else {}
-            axis.plot(x, y, form, color=color, label=label, **size)
+        for label, (line, color, form) in lines.items():
+            x = [row["dino_div"] for row in line]
+            y = [row[metric] for row in line]
+            axis.plot(x, y, form, color=color, label=label, markersize=5)
         axis.set(xlabel="dino_div", title=metric)
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=7)
     save_figure(figure, "trade_off.png", dpi=80)
+
+
+def draw_images(bench):
+    """Draws the first image of ten prompts under every method, seed 0."""
+    refl_updates = SNAPSHOTS["ReFL"][-1]
+    image_updates = SNAPSHOTS["ImageReFL"][-1]
+    names = {
+        "base, guidance 4": "base_4",
+        "ReFL alone": f"ReFL_0_{refl_updates}_0",
+        f"ReFL, {LATE} base steps": f"ReFL_0_{refl_updates}_{LATE}",
+        f"ImageReFL, {LATE} base": f"ImageReFL_0_{image_updates}_{LATE}",
+        "AIG, power 1": f"aig_0_{refl_updates}_1",
+    }
+    rows = {label: bench.images(name)[SHOWN] for label, name in names.items()}
+    draw_rows(rows, "trade_off_images.png")

@@ -1,131 +1,256 @@
 """Does ReFL raise the reward on held-out prompts, and what does it cost? (ImageReFL's Figure 2)
 
-Runs     3 runs of `python refl.py` with its defaults (240 updates), seeds 0 to 2. Then 8 images of
-         each of 40 held-out prompts: of the base model with guidance 4 and without guidance, and
-         of every snapshot of every run, without guidance. Real scenes of the same prompts are a
-         row of their own, and the reference of frechet_toy.
-Prints   a table with a row per snapshot: toy_pref, which we train on; toy_pref_b and toy_correct,
-         which are not; diversity; and the distance to real scenes. Also the seconds per update.
-Draws    refl_over_training.png, the metrics over the updates, one line per seed; and refl.png,
-         held-out prompts before and after training, seed 0.
-Took     4 to 5 minutes per run, two at a time on two CPU cores. The images take extra time.
+Runs     3 runs of `python refl.py`, seeds 0 to 2, twice as long as by default. Then 4 images of
+         each of 40 held-out prompts: of the base model with guidance 4 and without guidance, and of
+         every snapshot of every run, on its own without guidance and in combined generation. Real
+         scenes of the same prompts are a row of their own, and the reference of frechet_toy.
+Prints   a table: toy_pref, which we train on; toy_pref_b and toy_correct, which are not; diversity;
+         and the distance to real scenes. Also the seconds per update.
+Draws    refl.png, the same prompts and noise before and after training, seed 0.
+Took     about 8 minutes of CPU time on one core.
 """
 
-import json
 import statistics
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw, ImageFont
 
+from combined_sample import sample_mixed, tuned_weight
+from common import base_model, decode, generator, initial_latents, load_lora, load_model
+from common import make_scheduler, merged, sample
+from data.prompts import condition, encode_once
+from evaluate import frechet
+from rewards import load_reward
+from run_folder import score, to_pil
 from toy.scenes import render, sample_scene
 
-from .tools import NUM_IMAGES, SEEDS, held_out_prompts, new_picture, read_lines, run_script
-from .tools import sample_images, save_figure, shrink, snapshot_names, subplots, together, train
-from .tools import updates_of, write_lines, write_table
+from .tools import CPU, JUDGE_BATCH, SEEDS, Judges, held_out_prompts, new_picture, read_lines
+from .tools import repeat, shrink, snapshot_names, together, train, updates_of, write_table
 
 METRICS = ("toy_pref", "toy_pref_b", "toy_correct", "dino_div", "frechet_toy")
+NUM_STEPS = 20
+UPDATES = 30  # the default; the runs go on for as long again
+LATE = 15  # base steps: where the gradient steps start
+EACH = 4  # images per prompt
+BATCH = 20  # images sampled at once
+SHOWN = slice(0, 160, 16)  # the images in pictures: the first one of every fourth prompt
 
 
 def refl(out, jobs):
-    calls = [(out, f"run_{seed}", "refl", "--seed", seed) for seed in SEEDS]
-    runs = together(jobs, train, calls)
-    rows = measure_rows(out, jobs, runs)
+    runs = together(jobs, train_run, [(out, seed) for seed in SEEDS])
+    bench = Bench(out, held_out_prompts(out).read_text().splitlines())
+    rows = measure_rows(bench, runs)
     write_table(out / "table.md", rows)
     seconds = []
     for run in runs:
         seconds += [row["seconds"] for row in read_lines(run / "log.jsonl")]
     print(f"seconds per update: median {statistics.median(seconds):.2f}, {jobs} runs at a time")
-
-    snapshots = snapshot_names(runs[0])
-    plot_over_training(rows, snapshots)
-    draw_before_and_after(runs[0], snapshots[-1])
+    draw_before_and_after(bench)
 
 
 # --------------------------------------------------------------------------------------------------
 # What imagerefl.py uses, too
 
 
-def write_renders(out):
-    """Renders real scenes of the held-out prompts, as many as a row has images -> their folder."""
-    folder = out / "images" / "renders"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i, prompt in enumerate(held_out_prompts(out).read_text().splitlines()):
-        for k in range(NUM_IMAGES):
+def train_run(out, seed):
+    """A run of ReFL, twice as long as by default -> its folder."""
+    flags = ("--train_steps", 2 * UPDATES, "--save_every", UPDATES)
+    return train(out, f"run_{seed}", "refl", "--seed", seed, *flags)
+
+
+def real_scenes(prompts, each):
+    """Renders `each` scenes per prompt -> images (N, 3, 64, 64) in [0, 1]."""
+    scenes = []
+    for i, prompt in enumerate(prompts):
+        for k in range(each):
             pixels, _ = render(sample_scene(np.random.default_rng([i, k]), prompt))
-            name = f"{i:05d}_{k:02d}.png"
-            Image.fromarray(np.round(pixels * 255).astype(np.uint8)).save(folder / name)
-            rows.append(dict(file_name=name, text=prompt, prompt_id=i))
-    write_lines(folder / "metadata.jsonl", rows)
-    return folder
+            scenes.append(torch.from_numpy(pixels).permute(2, 0, 1).float())
+    return torch.stack(scenes)
 
 
-def measure(out, folder, name=None):
-    """Measures a folder of images with evaluate.py -> {metric: its mean}."""
-    name = name or folder.name
-    done = out / "metrics" / f"{name}.json"
-    done.parent.mkdir(exist_ok=True)
-    run_script(
-        out, name, "evaluate", folder, "--metrics", ",".join(METRICS),
-        "--reference", out / "images" / "renders", "--out", done, done=done,
-    )
-    summaries = json.loads(done.read_text())["folders"][str(folder)]
-    return {metric: summaries[metric]["mean"] for metric in METRICS}
+class Bench:
+    """Samples and judges many settings in one process, all with the same prompts and noise.
+
+    These are the images of combined_sample.py with seed 0. The base model's first steps are the
+    same for every tuned model, so they are made once.
+    """
+
+    def __init__(self, out, prompts, each=EACH):
+        torch.set_num_threads(1)
+        self.folder = out.parent / "measured"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.prompts = prompts
+        self.each = each
+        self.model = load_model("toy", CPU)
+        encode_once(self.model, prompts)
+        self.scheduler = make_scheduler(self.model, "ddpm", NUM_STEPS)
+        self.starts = {}  # (base steps, guidance) -> latents and states of generators per batch
+
+        self.reward, _ = load_reward("toy_pref", CPU)
+        self.judges = Judges()
+        self.scene_features = self.features(real_scenes(prompts, each))
+
+    def batches(self):
+        """Yields (cond, uncond, generators) of every batch of images."""
+        jobs = [(i, k) for i in range(len(self.prompts)) for k in range(self.each)]
+        for first in range(0, len(jobs), BATCH):
+            batch = jobs[first : first + BATCH]
+            cond = condition(self.model, [self.prompts[i] for i, _ in batch])
+            uncond = condition(self.model, [None] * len(batch))
+            yield cond, uncond, [generator(0, "image", i, k) for i, k in batch]
+
+    @torch.no_grad()
+    def start(self, base_steps, guidance):
+        """Per batch, the latents after the base model's first steps and the generators' states."""
+        if (base_steps, guidance) in self.starts:
+            return self.starts[base_steps, guidance]
+        starts = []
+        if base_steps == 0:
+            for _, _, generators in self.batches():
+                latents = initial_latents(self.model, generators)
+                starts.append((latents, [g.get_state() for g in generators]))
+        else:
+            # Continue from the last switch point before this one.
+            known = [n for n, other in self.starts if other == guidance and n < base_steps]
+            first = max(known, default=0)
+            for cond, uncond, generators, latents in self.continued(first, guidance):
+                with base_model(self.model):
+                    latents = sample(
+                        self.model, self.scheduler, latents, cond, first, base_steps, generators,
+                        guidance, uncond,
+                    )
+                starts.append((latents, [g.get_state() for g in generators]))
+        self.starts[base_steps, guidance] = starts
+        return starts
+
+    def continued(self, base_steps, guidance):
+        """Yields (cond, uncond, generators, latents) of every batch after these base steps."""
+        starts = self.start(base_steps, guidance)
+        for (cond, uncond, generators), (latents, states) in zip(self.batches(), starts):
+            for g, state in zip(generators, states):
+                g.set_state(state)
+            yield cond, uncond, generators, latents
+
+    @torch.no_grad()
+    def combined(self, base_steps, guidance=4.0):
+        """Combined generation: 0 base steps are the tuned model alone, 20 the base model alone."""
+        images = []
+        for cond, _, generators, latents in self.continued(base_steps, guidance):
+            with merged(self.model):
+                latents = sample(
+                    self.model, self.scheduler, latents, cond, base_steps, NUM_STEPS, generators
+                )
+            images.append(decode(self.model, latents))
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def aig(self, power, guidance=4.0):
+        """AIG with the tuned model's weight (i / 20) ** power."""
+        weights = []
+        for i in range(NUM_STEPS):
+            weights.append(tuned_weight("aig", i, NUM_STEPS, aig_power=power))
+        images = []
+        for cond, uncond, generators in self.batches():
+            latents = initial_latents(self.model, generators)
+            latents = sample_mixed(
+                self.model, self.scheduler, latents, cond, uncond, weights, generators,
+                base_guidance_scale=guidance,
+            )
+            images.append(decode(self.model, latents))
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def features(self, images):
+        """Images -> their DINO features (N, D)."""
+        return torch.cat([self.judges.dino(part) for part in images.split(JUDGE_BATCH)])
+
+    def judge(self, images):
+        """Images, `each` per prompt -> {metric: its mean}."""
+        row = self.judges(images, self.prompts, self.each)
+        row["toy_pref"] = score(self.reward, images, repeat(self.prompts, self.each)).mean().item()
+        row["frechet_toy"] = frechet(self.features(images), self.scene_features)
+        return {metric: row[metric] for metric in METRICS}
+
+    def measure(self, name, lora, sampler, *settings):
+        """The metrics of a LoRA (None: the base model) under a sampler, made once.
+
+        sampler: self.combined or self.aig. The images are kept beside the metrics.
+        """
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            if lora:
+                load_lora(self.model, lora)
+            images = sampler(*settings)
+            torch.save(((images * 255).round().byte(), self.judge(images)), path)
+        _, metrics = torch.load(path, weights_only=True)
+        return metrics
+
+    def measure_combined(self, kind, run, seed, updates, base_steps):
+        """The metrics of a run's snapshot; with 0 base steps it samples alone."""
+        name = f"{kind}_{seed}_{updates}_{base_steps}"
+        lora = run / "lora" / f"step_{updates:06d}"
+        return self.measure(name, lora, self.combined, base_steps)
+
+    def images(self, name):
+        """The images of a measurement, in [0, 1]."""
+        images, _ = torch.load(self.folder / f"{name}.pt", weights_only=True)
+        return images / 255
+
+
+def combined_name(kind, updates, base_steps):
+    """What a table calls combined generation; with 0 base steps it is the tuned model alone."""
+    name = f"{kind}, {updates} updates"
+    if base_steps:
+        name += f" + {base_steps} base steps"
+    return name
+
+
+def draw_rows(rows, name, side=80, label_width=210):
+    """{label: images, a list of (3, H, W)} -> a picture with a labeled row of images for each."""
+    num_columns = max(len(images) for images in rows.values())
+    picture = Image.new("RGB", (label_width + side * num_columns, side * len(rows)), "white")
+    font = ImageFont.load_default(size=20)
+    pen = ImageDraw.Draw(picture)
+    for y, (label, images) in enumerate(rows.items()):
+        pen.text((8, side * y + side // 2), label, fill="black", font=font, anchor="lm")
+        for x, image in enumerate(images):
+            tile = to_pil(image).resize((side, side), Image.Resampling.LANCZOS)
+            picture.paste(tile, (label_width + side * x, side * y))
+    path = new_picture(name)
+    picture.save(path)
+    shrink(path)
 
 
 # --------------------------------------------------------------------------------------------------
 # The table and the pictures
 
 
-def measure_rows(out, jobs, runs):
+def measure_rows(bench, runs):
     """{name of a row: its metrics, one dict per training seed}."""
-    base = ("--mode", "base", "--lora", runs[0])
-    calls = [
-        ("base, guidance 4", "base_guided", *base, "--base_guidance_scale", 4),
-        ("base, no guidance", "base_plain", *base, "--base_guidance_scale", 1),
-    ]
-    for snapshot in snapshot_names(runs[0]):
-        for seed, run in zip(SEEDS, runs):
-            row_name = f"ReFL, {updates_of(snapshot)} updates"
-            lora = run / "lora" / snapshot
-            calls.append((row_name, f"{snapshot}_{seed}", "--mode", "tuned", "--lora", lora))
-
-    def sample_and_measure(row_name, name, *flags):
-        return row_name, measure(out, sample_images(out, name, *flags))
-
-    # The renders come first: they are the reference of all others.
-    rows = {"real scenes": [measure(out, write_renders(out))]}
-    for row_name, metrics in together(jobs, sample_and_measure, calls):
-        rows.setdefault(row_name, []).append(metrics)
+    rows = {
+        "real scenes": [bench.judge(real_scenes(bench.prompts, bench.each))],
+        "base, guidance 4": [bench.measure("base_4", None, bench.combined, NUM_STEPS, 4.0)],
+        "base, no guidance": [bench.measure("base_1", None, bench.combined, NUM_STEPS, 1.0)],
+    }
+    for base_steps in (0, LATE):
+        for snapshot in snapshot_names(runs[0]):
+            updates = updates_of(snapshot)
+            row_name = combined_name("ReFL", updates, base_steps)
+            rows[row_name] = []
+            for seed, run in zip(SEEDS, runs):
+                metrics = bench.measure_combined("ReFL", run, seed, updates, base_steps)
+                rows[row_name].append(metrics)
     return rows
 
 
-def plot_over_training(rows, snapshots):
-    """Draws every metric over the updates, one line per seed."""
-    updates = [updates_of(snapshot) for snapshot in snapshots]
-    (without_guidance,) = rows["base, no guidance"]
-    (with_guidance,) = rows["base, guidance 4"]
-    figure, axes = subplots(1, len(METRICS), 3.2, 2.8)
-    for axis, metric in zip(axes, METRICS):
-        for k in range(len(SEEDS)):
-            curve = [without_guidance[metric]]
-            curve += [rows[f"ReFL, {n} updates"][k][metric] for n in updates]
-            axis.plot([0, *updates], curve, color="tab:blue", alpha=0.6)
-        label = "base, guidance 4"
-        axis.axhline(with_guidance[metric], color="grey", linestyle=":", label=label)
-        axis.set(title=metric, xlabel="updates")
-    axes[0].legend(fontsize=8)
-    save_figure(figure, "refl_over_training.png", dpi=90)
-
-
-def draw_before_and_after(run, snapshot):
-    """Puts a run's first and last samples side by side, at half their size."""
-    before = Image.open(run / "samples" / "step_000000.png").convert("RGB").reduce(2)
-    after = Image.open(run / "samples" / f"{snapshot}.png").convert("RGB").reduce(2)
-    gap = 16
-    both = Image.new("RGB", (2 * before.width + gap, before.height), "white")
-    both.paste(before, (0, 0))
-    both.paste(after, (before.width + gap, 0))
-    path = new_picture("refl.png")
-    both.save(path)
-    shrink(path)
+def draw_before_and_after(bench):
+    """Draws ten prompts before and after training, seed 0, alone and in combined generation."""
+    names = {
+        "base, no guidance": "base_1",
+        "ReFL": f"ReFL_0_{UPDATES}_0",
+        "base, guidance 4": "base_4",
+        f"ReFL, {LATE} base steps": f"ReFL_0_{UPDATES}_{LATE}",
+    }
+    rows = {label: bench.images(name)[SHOWN] for label, name in names.items()}
+    draw_rows(rows, "refl.png")
