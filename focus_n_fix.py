@@ -584,6 +584,7 @@ def main(args):
         # micro-batch at a time. Weight each micro-batch's mean by its share of the batch.
         total_loss = 0.0
         rewards = []
+        rewards_of_base = []
         outside = []
         inside = []
         squared_grads = dict.fromkeys(last_timesteps, 0.0)
@@ -604,6 +605,8 @@ def main(args):
 
             # For the log: how far the images moved, and how much each step learns.
             images = images.detach()
+            with torch.no_grad():
+                rewards_of_base.append(reward(base[part], prompts[part]))
             outside.append(change(images, base[part], 1 - mask[part], args.raw_norm))
             inside.append(change(images, base[part], mask[part], args.raw_norm))
             for t, noise_pred in zip(last_timesteps, noise_preds):
@@ -624,6 +627,7 @@ def main(args):
         stats = dict(
             loss=total_loss.item(),
             reward=torch.cat(rewards).mean().item(),
+            base_reward=torch.cat(rewards_of_base).mean().item(),
             grad_norm=grad_norm,
             grad_rms=grad_norm / num_params**0.5,
             outside=torch.cat(outside).mean().item(),

@@ -19,6 +19,7 @@ from common import make_trainable, sample
 from data.prompts import condition
 from focus_n_fix import LEVEL, Pool, Region, base_and_mask, change, concept_reward, draft
 from focus_n_fix import focus_loss, grad_cam, last_norm, problem_mask, sample_in_two
+from results.experiments.focus_n_fix import training_rows
 from rewards import load_detector, load_reward, preprocess
 from run_folder import generate
 
@@ -249,6 +250,10 @@ def test_a_run_logs_the_loss_and_shows_the_region(world, monkeypatch, pool):
         r_mapped = (row["reward"] - base_rewards.mean().item()) / base_rewards.std().item()
         assert row["loss"] == pytest.approx(3 * row["outside"] - r_mapped, rel=1e-3, abs=1e-4)
         assert list(row["grad_by_t"]) == ["251", "1"] and min(row["grad_by_t"].values()) > 0
+        # A pool of 4 repeats the same pairs, so their base images have the same rewards.
+        if pool or row is log[0]:
+            base_reward = base_rewards.mean().item()
+            assert row["base_reward"] == pytest.approx(base_reward, rel=1e-6)
     assert abs(log[0]["loss"]) < 1e-3  # of the base model itself
     assert log[0]["outside"] < 1e-4 < log[1]["outside"]
     # One row of I0 | M | I | 3 |I - I0|. Before training I is I0.
@@ -335,6 +340,22 @@ def test_the_objective_is_zero_for_the_base_model(world, monkeypatch):
     before, after = found
     assert abs(before["test_objective"]) < 1e-3 < abs(after["test_objective"])
     assert before["test_outside"] < 1e-4 < after["test_outside"]
+
+
+def test_training_pairs_are_compared_with_their_own_base_images(tmp_path):
+    """Two windows by hand: the pairs of the second are two standard deviations better."""
+    config = dict(reward_mean=-3.0, reward_spread=0.5)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lines = []
+    for base_reward in (-3.0, -2.0):
+        r_mapped = (base_reward + 0.1 + 3.0) / 0.5
+        row = dict(reward=base_reward + 0.1, base_reward=base_reward, outside=0.2, inside=0.3)
+        lines += [json.dumps({**row, "loss": 0.05 - r_mapped})] * 15  # 0.05 is beta * penalty
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    rows = training_rows(tmp_path)
+    assert len(rows) == 3 and set(rows[0].values()) == {0.0}
+    for row in rows[1:]:
+        assert row == pytest.approx(dict(reward=0.2, objective=0.15, outside=0.2, inside=0.3))
 
 
 def test_defaults_that_depend_on_other_flags():

@@ -1,19 +1,21 @@
 """Does the regional term preserve the rest of an image, at the same gain inside the region?
 
-Focus-N-Fix's claim, with DRaFT (beta 0) as the baseline. Either the last K = 2 steps carry the
-gradient, or all 10. A third row with K = 2 lets the base model take the other 8 steps, in training
-and afterwards (--prefix base, our variant). The reward is that of the artifact detector, and the
-region its heat map. A method may go further than another in the same number of updates, so we
-compare them at equal reward.
+Focus-N-Fix's claim, with DRaFT (beta 0) as the baseline. The last K = 2 steps carry the gradient. A
+third row lets the base model take the other 8 steps, in training and afterwards (--prefix base, our
+variant). For two more rows, all 10 steps carry the gradient. The reward is that of the artifact
+detector, and the region its heat map. A method may go further than another in the same number of
+updates, so we compare them at equal reward.
 
-Runs     15 of focus_n_fix.py: 5 methods x seeds 0 to 2, 40 updates of 4 images from 40 pairs, a
-         snapshot every 10. Then an image of each of 40 held-out prompts from the base model and
-         from every snapshot.
-Prints   a table where the reward first reaches what all methods reach, interpolated linearly
-         between snapshots, on training pairs and on held-out ones; and both after the last update.
+Runs     13 of focus_n_fix.py, in which no training pair repeats. Focus-N-Fix with beta 5 and 45, 30
+         updates, which we compare with beta 15 by the training log. 3 methods x seeds 0 to 2 and
+         two with K = 10 and seed 0, each 60 updates of 4 images with a snapshot every 15. Then an
+         image of each of 40 held-out prompts from the base model and from every snapshot.
+Prints   a table of the betas; a table where the reward first reaches what all methods reach,
+         interpolated linearly between snapshots, on training pairs and on held-out ones; and both
+         after the last update.
 Draws    focus_n_fix_curves.png, the change outside as the reward rises; and focus_n_fix.png,
          held-out images at about equal reward: base | region | tuned | difference.
-Took     40 to 90 seconds of one CPU core per run, and 25 for its images.
+Took     about 80 seconds of one CPU core per run, 120 with K = 10, and 20 for its images.
 """
 
 import json
@@ -26,30 +28,37 @@ from data.prompts import encode_once, read_prompts
 from focus_n_fix import OURS, THRESHOLD, Region, artifact_reward, base_and_mask, change, focus_loss
 from focus_n_fix import sample_in_two
 from rewards import load_detector
-from run_folder import generate, score, to_pil
+from run_folder import score, to_pil
 from toy import oracle
 
 from .tools import CPU, SEEDS, format_mean, held_out_prompts, mean, new_picture, read_lines
 from .tools import save_figure, shrink, snapshot_names, subplots, table_head, table_line, together
 from .tools import train, updates_of, write_prompts
 
+BETA = 15  # chosen among BETAS
+BETAS = (5, 15, 45)
 METHODS = {  # the flags of each row
-    "DRaFT, K = 10": dict(grad_steps=10, beta=0),
-    "Focus-N-Fix, K = 10": dict(grad_steps=10, beta=15),
-    "DRaFT, K = 2": dict(grad_steps=2, beta=0),
-    "Focus-N-Fix, K = 2": dict(grad_steps=2, beta=15),
-    "Focus-N-Fix, K = 2, base prefix": dict(grad_steps=2, beta=15, prefix="base"),
+    "DRaFT, K = 2": dict(grad_steps=2, beta=0, prefix="tuned"),
+    "Focus-N-Fix, K = 2": dict(grad_steps=2, beta=BETA, prefix="tuned"),
+    "Focus-N-Fix, K = 2, base prefix": dict(grad_steps=2, beta=BETA, prefix="base"),
 }
-COLORS = ("tab:red", "tab:blue", "tab:orange", "tab:cyan", "tab:green")
-UPDATES = 40
-EVERY = 10  # updates between snapshots
-POOL = 40  # pairs, so that the updates between two snapshots see each of them once
+METHODS_10 = {
+    "DRaFT, K = 10": dict(grad_steps=10, beta=0, prefix="tuned"),
+    "Focus-N-Fix, K = 10": dict(grad_steps=10, beta=BETA, prefix="tuned"),
+}
+SEEDS_10 = (0,)  # a run takes twice as long
+COLORS = ("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple")
+UPDATES = 60
+EVERY = 15  # updates between snapshots
+BATCH = 4
+POOL = UPDATES * BATCH  # so that no pair repeats
 FLAGS = dict(
-    lr=3e-4, train_steps=UPDATES, save_every=EVERY, batch_size=4, micro_batch=4, pool=POOL
+    lr=1e-3, train_steps=UPDATES, save_every=EVERY, batch_size=BATCH, micro_batch=BATCH, pool=POOL
 )
 GUIDANCE_SCALE = 4.0
 NUM_STEPS = 10
 PARTS = 16  # held-out prompts for which we measure prefix and tail apart
+BETA_UPDATES = 30  # of the runs that choose beta
 TRAINING_FIELDS = ("reward", "objective", "outside", "inside")
 HELD_OUT_FIELDS = ("reward", "objective", "outside", "inside_gain", "toy_correct", "detector_b")
 PARTS_FIELDS = ("prefix", "tail")
@@ -62,27 +71,40 @@ def focus_n_fix(out, jobs):
     # We measure held-out images ourselves, so the runs need not sample many.
     write_prompts(out / "shown.txt", read_prompts(prompts_file)[:1])
     calls = []
-    for seed in SEEDS:
-        calls += [(out, flags, seed) for flags in METHODS.values()]
+    for name, flags in {**METHODS, **METHODS_10}.items():
+        for seed in seeds_of(name):
+            calls.append((out, flags, seed, UPDATES))
+    for beta in BETAS:
+        if beta != BETA:
+            calls.append((out, flags_with(beta), SEEDS[0], BETA_UPDATES))
     together(jobs, train_run, calls)
 
     torch.set_num_threads(1)
     measure = Measure(read_prompts(prompts_file))
-    training = {name: [] for name in METHODS}
-    held_out = {name: [] for name in METHODS}
-    for seed in SEEDS:
-        for name, flags in METHODS.items():
-            run = out / run_name(flags, seed)
-            training[name].append(training_rows(run))
-            held_out[name].append(measure(run, flags))
+    training = {}
+    held_out = {}
+    for name, flags in {**METHODS, **METHODS_10}.items():
+        runs = [out / run_name(flags, seed) for seed in seeds_of(name)]
+        training[name] = [training_rows(run) for run in runs]
+        held_out[name] = [measure(run, flags) for run in runs]
 
     lines = []
+    betas = {}
+    for beta in BETAS:
+        rows = training_rows(out / run_name(flags_with(beta), SEEDS[0]))
+        betas[f"beta {beta}"] = [rows[: 1 + BETA_UPDATES // EVERY]]
+    lines += table_at_equal_reward("choice of beta", TRAINING_FIELDS, betas)
+    lines += table_after_training("choice of beta", TRAINING_FIELDS, betas)
     for title, fields, rows in (
         ("training pairs", TRAINING_FIELDS, training),
         ("held-out pairs", HELD_OUT_FIELDS, held_out),
     ):
-        lines += table_at_equal_reward(title, fields, rows)
+        k_2 = {name: rows[name] for name in METHODS}
+        lines += table_at_equal_reward(title, fields, k_2)
         lines += table_after_training(title, fields, rows)
+        # For K = 10 there are fewer seeds, so we compare all methods on these.
+        few = {name: runs[: len(SEEDS_10)] for name, runs in rows.items()}
+        lines += table_at_equal_reward(f"{title}, seeds {SEEDS_10} only", fields, few)
     lines += table_after_training("held-out pairs", PARTS_FIELDS, held_out)
     (out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -94,15 +116,24 @@ def focus_n_fix(out, jobs):
 # Training
 
 
+def seeds_of(name):
+    """The training seeds of a row."""
+    return SEEDS_10 if name in METHODS_10 else SEEDS
+
+
+def flags_with(beta):
+    """The flags of Focus-N-Fix with another beta."""
+    return dict(METHODS["Focus-N-Fix, K = 2"], beta=beta)
+
+
 def run_name(flags, seed):
-    prefix = flags.get("prefix", "tuned")
-    return f"K{flags['grad_steps']}_{flags['beta']}_{prefix}_{seed}"
+    return f"K{flags['grad_steps']}_{flags['beta']}_{flags['prefix']}_{seed}"
 
 
-def train_run(out, flags, seed):
+def train_run(out, flags, seed, updates):
     """Trains a run -> its folder."""
     words = []
-    for flag, value in {**flags, **FLAGS, "seed": seed}.items():
+    for flag, value in {**FLAGS, **flags, "train_steps": updates, "seed": seed}.items():
         words += [f"--{flag}", value]
     words += ["--test_prompts", out / "shown.txt"]
     return train(out, run_name(flags, seed), "focus_n_fix", *words)
@@ -113,14 +144,23 @@ def train_run(out, flags, seed):
 
 
 def training_rows(run):
-    """Means over each EVERY updates, which see every training pair once, after the base model's."""
-    reward_mean = json.loads((run / "config.json").read_text())["reward_mean"]
-    rows = [dict(reward=reward_mean, objective=0.0, outside=0.0, inside=0.0)]
+    """Means over each EVERY updates, after a row for the base model.
+
+    No pair repeats, so we compare each with the base model's image of the same pair.
+    """
+    config = json.loads((run / "config.json").read_text())
+    reward_mean = config["reward_mean"]
+    reward_spread = config["reward_spread"]
+    rows = [dict(reward=0.0, objective=0.0, outside=0.0, inside=0.0)]
     log = read_lines(run / "log.jsonl")
     for i in range(0, len(log), EVERY):
         updates = log[i : i + EVERY]
-        means = dict(objective=-mean(row["loss"] for row in updates))
-        for field in ("reward", "outside", "inside"):
+        loss = mean(row["loss"] for row in updates)
+        base_reward = mean(row["base_reward"] for row in updates)
+        base_loss = -(base_reward - reward_mean) / reward_spread
+        means = dict(objective=base_loss - loss)
+        means["reward"] = (mean(row["reward"] for row in updates) - base_reward) / reward_spread
+        for field in ("outside", "inside"):
             means[field] = mean(row[field] for row in updates)
         rows.append(means)
     return rows
@@ -153,36 +193,44 @@ class Measure:
             spread = json.loads((run / "config.json").read_text())["reward_spread"]
             rows = [self.judge(self.base, spread, flags["beta"], step=0)]
             for snapshot in snapshot_names(run):
-                images = self.sample(run, snapshot)
+                images = self.sample(run / "lora" / snapshot, flags)
                 rows.append(self.judge(images, spread, flags["beta"], updates_of(snapshot)))
             # The model still holds the weights of the last snapshot.
             rows[-1].update(self.parts(flags))
             done.write_text(json.dumps(rows, indent=1) + "\n")
         return json.loads(done.read_text())
 
-    def sample(self, run, snapshot):
-        """The images of a snapshot (N, 3, H, W), whose weights stay in the model."""
-        load_lora(self.model, run / "lora" / snapshot)
-        sampler = json.loads((run / "config.json").read_text())["sampler"]
-        return generate(self.model, self.prompts, 0, sampler)
+    def sample(self, lora, flags):
+        """The images (N, 3, H, W) of a snapshot, whose weights stay in the model."""
+        load_lora(self.model, lora)
+        return self.images_of(flags, len(self.prompts), flags["prefix"], "tuned")
+
+    def images_of(self, flags, num_prompts, prefix, tail):
+        """The images of the first prompts. The steps before the last K are those of `prefix`."""
+        return sample_in_two(
+            self.model, self.scheduler, GUIDANCE_SCALE, NUM_STEPS - flags["grad_steps"], 8,
+            self.noise[:num_prompts], self.prompts[:num_prompts], prefix, tail,
+        )
 
     @torch.no_grad()
     def judge(self, images, spread, beta, step):
         r = score(self.reward, images, self.prompts)
         base_r = score(self.reward, self.base, self.prompts)
+        gain = (r - base_r) / spread
         # Only inside the region the tuned image, and outside it the base's.
         inside_only = torch.where(self.mask > 0, images, self.base)
         outside = 1 - self.mask
-        loss = focus_loss(images, self.base, self.mask, (r - base_r) / spread, beta)
+        inside_gain = (score(self.reward, inside_only, self.prompts) - base_r) / spread
+        loss = focus_loss(images, self.base, self.mask, gain, beta)
         is_correct = []
         for image, prompt in zip(images, self.prompts):
             is_correct.append(oracle.correct(image, prompt) is True)
         return dict(
             step=step,
-            reward=r.mean().item(),
+            reward=gain.mean().item(),
             objective=-loss.item(),
             outside=change(images, self.base, outside).mean().item(),
-            inside_gain=(score(self.reward, inside_only, self.prompts) - base_r).mean().item(),
+            inside_gain=inside_gain.mean().item(),
             toy_correct=mean(is_correct),
             detector_b=self.detector_b(images).mean().item(),
             area=self.mask.mean().item(),
@@ -192,17 +240,12 @@ class Measure:
         """The change outside by the first T - K steps alone, and by the others alone."""
         base = self.base[:PARTS]
         outside = 1 - self.mask[:PARTS]
-        num_prefix_steps = NUM_STEPS - flags["grad_steps"]
 
         def change_of(prefix, tail):
-            images = sample_in_two(
-                self.model, self.scheduler, GUIDANCE_SCALE, num_prefix_steps, 8,
-                self.noise[:PARTS], self.prompts[:PARTS], prefix, tail,
-            )
+            images = self.images_of(flags, PARTS, prefix, tail)
             return change(images, base, outside).mean().item()
 
-        prefix = flags.get("prefix", "tuned")
-        return dict(prefix=change_of(prefix, "base"), tail=change_of("base", "tuned"))
+        return dict(prefix=change_of(flags["prefix"], "base"), tail=change_of("base", "tuned"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,8 +271,7 @@ def common_levels(rows):
 
 def table_at_equal_reward(title, fields, rows):
     levels = common_levels(rows)
-    before = [run[0]["reward"] for run in next(iter(rows.values()))]
-    gains = ", ".join(f"{level - first:.4f}" for level, first in zip(levels, before))
+    gains = ", ".join(f"{level:.2f}" for level in levels)
     lines = [f"\n{title}, where the reward has first risen by {gains}\n", *table_head(fields)]
     for name, runs in rows.items():
         cells = []
@@ -242,7 +284,7 @@ def table_at_equal_reward(title, fields, rows):
 
 
 def table_after_training(title, fields, rows):
-    lines = [f"\n{title}, after {UPDATES} updates\n", *table_head(fields)]
+    lines = [f"\n{title}, after the last update\n", *table_head(fields)]
     first = next(iter(rows.values()))
     for name, runs in {"before": [run[:1] for run in first], **rows}.items():
         cells = []
@@ -263,31 +305,32 @@ def plot_curves(training, held_out):
     for axis, title, rows in zip(axes, ("training pairs", "held-out pairs"), (training, held_out)):
         for (name, runs), color in zip(rows.items(), COLORS):
             for run, seed in zip(runs, SEEDS):
-                x = [row["reward"] - run[0]["reward"] for row in run]
+                x = [row["reward"] for row in run]
                 y = [row["outside"] for row in run]
                 label = name if seed == SEEDS[0] else None
                 axis.plot(x, y, "o-", markersize=3, color=color, alpha=0.7, label=label)
-        axis.set(title=title, xlabel="rise of the reward", ylabel="change outside the region")
+        axis.set(title=title, xlabel="rise of the reward, in standard deviations")
+        axis.set(ylabel="change outside the region")
     axes[0].legend(fontsize=7)
     save_figure(figure, "focus_n_fix_curves.png", dpi=80)
 
 
 def draw_regions(out, measure, rows):
-    """Draws the first held-out images that have a region, for three methods and the first seed.
+    """Draws the first held-out images that have a region, for all methods and the first seed.
 
-    Each has about the reward that Focus-N-Fix with K = 10 ends with.
+    Each has about the reward that all methods reach.
     """
-    names = ("DRaFT, K = 10", "Focus-N-Fix, K = 10", "Focus-N-Fix, K = 2, base prefix")
-    last = rows[names[-1]][0][-1]["reward"]
+    rows = {name: rows[name] for name in METHODS}
+    level = common_levels(rows)[0]
     shown = measure.mask.sum((1, 2, 3)).nonzero()[:SHOWN, 0].tolist()
     columns = {"base model": measure.base, "region": measure.mask.expand_as(measure.base)}
-    for name in names:
+    for name, flags in METHODS.items():
         snapshots = rows[name][0][1:]
-        distances = [abs(row["reward"] - last) for row in snapshots]
+        distances = [abs(row["reward"] - level) for row in snapshots]
         nearest = snapshots[distances.index(min(distances))]
         print(f"focus_n_fix.png: {name}, {nearest['step']} updates, reward {nearest['reward']:.4f}")
-        run = out / run_name(METHODS[name], SEEDS[0])
-        images = measure.sample(run, f"step_{nearest['step']:06d}")
+        run = out / run_name(flags, SEEDS[0])
+        images = measure.sample(run / "lora" / f"step_{nearest['step']:06d}", flags)
         label = name.replace(", ", "\n", 1)
         columns[label] = images
         columns[f"5 x change by\n{label}"] = 5 * (images - measure.base).abs()
