@@ -1,6 +1,7 @@
 """The experiments in results/: no run is taken for another, and figures and tables are right."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +136,51 @@ def test_equal_diversity_is_read_off_the_best_of_several_lines():
     assert imagerefl.at_diversity(lines, 0.18, "x") == pytest.approx(2.6)
     assert imagerefl.at_diversity(lines, 0.225, "x") == pytest.approx(2.3)
     assert np.isnan(imagerefl.at_diversity(lines, 0.3, "x"))
+
+
+class LinearBench:
+    """Every base step adds 0.01 of diversity and takes 0.1 of every other metric.
+
+    AIG with powers 1 and 3 is as diverse as 15 and 17 base steps, and 0.3 worse. The runs of
+    ImageReFL get more captions right with every training seed.
+    """
+
+    combined = aig = None
+
+    def measure(self, name, lora, sampler, *settings):
+        number, guidance = settings
+        base_steps = 14 + number if name.startswith("aig") else number
+        metrics = dict.fromkeys(refl.METRICS, -0.1 * base_steps)
+        if name.startswith("aig"):
+            metrics = {metric: value - 0.3 for metric, value in metrics.items()}
+        metrics["dino_div"] = 0.02 + 0.01 * base_steps + (0.03 if guidance == 2 else 0)
+        return metrics
+
+    def measure_combined(self, kind, run, seed, updates, base_steps):
+        metrics = self.measure(kind, None, None, base_steps, 4)
+        if kind == "ImageReFL":
+            metrics["toy_correct"] += 0.01 * seed
+        return metrics
+
+
+def test_methods_are_compared_at_equal_diversity_and_paired_by_seed(capsys):
+    runs = [{"ReFL": Path("refl"), "ImageReFL": Path("imagerefl")}] * 5
+    rows = imagerefl.measure_rows(LinearBench(), runs)
+    num_seeds = {name: len(per_seed) for name, per_seed in rows.items()}
+    assert num_seeds["ReFL, 60 updates + 15 base steps"] == 5
+    assert num_seeds["ImageReFL, 120 updates + 15 base steps"] == 3
+    assert num_seeds["ReFL, 60 updates"] == num_seeds["ReFL, 60 updates + AIG, power 1"] == 3
+
+    imagerefl.print_fronts(rows)
+    printed = capsys.readouterr().out.split("\n\n")
+    (refl_part, *_, aig_part) = [part for part in printed if "guidance 4, dino_div 0.2\n" in part]
+    # A third of the way from 17 base steps to the base model.
+    assert "toy_pref -1.800" in refl_part and "toy_pref -1.800" in aig_part
+    assert "toy_correct +0.013 (+0.000 +0.007 +0.013 +0.020 +0.027)" in refl_part
+    assert "toy_pref_b -0.200 (-0.200 -0.200 -0.200)" in aig_part
+    # Each guidance has the base model of its own at the end of the lines.
+    (part,) = [part for part in printed if "guidance 2, dino_div 0.23\n" in part]
+    assert "toy_pref -1.800" in part and "toy_pref_b -0.200 (" in part
 
 
 def test_shrink_leaves_256_colors_and_the_size(tmp_path):

@@ -2,15 +2,16 @@
 
 ImageReFL's Table 1 and Figures 5 and 9, beside the same seeds of ReFL, on held-out prompts.
 
-Runs     the 3 runs of the experiment refl, and 3 of imagerefl.py, which get up to twice as many
-         updates, as in the paper (seeds 0 to 2). Then 4 images of each of 40 held-out prompts:
-         combined generation from two or three snapshots of every run at several switch points; and
-         AIG with two powers from ReFL's last snapshot.
+Runs     5 runs of ReFL, the first 3 of which are those of the experiment refl, and 5 of
+         imagerefl.py. The first 3 of these get twice as many updates as ReFL, as in the paper.
+         Then 4 images of each of 40 held-out prompts: combined generation from two or three
+         snapshots of every run at several switch points; and AIG with two or three powers from
+         ReFL's last snapshot. Seed 0 does this with a base guidance of 2, too.
 Prints   the table; and every method's best unseen judge and captions at equal diversity, read off
          straight lines between neighboring settings, with differences paired by training seed.
 Draws    trade_off.png, each metric against diversity; and trade_off_images.png, the same prompts
          and noise under every method.
-Took     about half an hour of CPU time, with the runs of the experiment refl.
+Took     about three quarters of an hour of CPU time, with the runs of the experiment refl.
 """
 
 import itertools
@@ -22,18 +23,25 @@ from .refl import train_run
 from .tools import SEEDS, describe_differences, held_out_prompts, mean, save_figure, subplots
 from .tools import together, train, write_table
 
-BASE_STEPS = {"ReFL": (5, 10, 15, 17), "ImageReFL": (10, 15, 17)}  # of 20: the switch points
+BASE_STEPS = (10, 15, 17)  # of 20: the switch points at which methods are compared
+ALONE = (0, 5)  # ReFL's switch points with SEEDS only; at 0 it samples alone
+ALL_SEEDS = (*SEEDS, 3, 4)
 SNAPSHOTS = {
     "ReFL": (UPDATES, 2 * UPDATES),
     "ImageReFL": (UPDATES, 2 * UPDATES, 4 * UPDATES),
 }
-POWERS = (1, 3)  # AIG's
-DIVERSITIES = (0.185, 0.195, 0.205)  # at which methods are compared
+LOW_GUIDANCE = 2
+# The base model's guidance: AIG's powers
+POWERS = {4: (1, 1.5, 3), LOW_GUIDANCE: (1, 3)}
+# The base model's guidance: the training seeds of the comparison with AIG
+GUIDANCES = {4: SEEDS, LOW_GUIDANCE: SEEDS[:1]}
+# The base model's guidance: where methods are compared
+DIVERSITIES = {4: (0.195, 0.2, 0.205), LOW_GUIDANCE: (0.22, 0.225, 0.23)}
 COMPARED = ("toy_pref", "toy_pref_b", "toy_correct")
 
 
 def imagerefl(out, jobs):
-    runs = together(jobs, train_both, [(out, seed) for seed in SEEDS])
+    runs = together(jobs, train_both, [(out, seed) for seed in ALL_SEEDS])
     bench = Bench(out, held_out_prompts(out).read_text().splitlines())
     rows = measure_rows(bench, runs)
     write_table(out / "table.md", rows)
@@ -48,33 +56,67 @@ def imagerefl(out, jobs):
 
 def train_both(out, seed):
     """A run of ReFL and one of ImageReFL -> {method: folder}. ReFL's belong to that experiment."""
-    flags = ("--train_steps", 4 * UPDATES, "--save_every", UPDATES)
+    # As in the paper, ImageReFL gets twice the updates of ReFL. The last two seeds are only used
+    # for the comparison at equal updates.
+    train_steps = 4 * UPDATES if seed in SEEDS else 2 * UPDATES
+    flags = ("--train_steps", train_steps, "--save_every", UPDATES)
     image_run = train(out, f"run_{seed}", "imagerefl", "--seed", seed, *flags)
     return {"ReFL": train_run(out.parent / "refl", seed), "ImageReFL": image_run}
 
 
-def aig_name(updates, power):
-    return f"ReFL, {updates} updates + AIG, power {power}"
+def base_name(guidance):
+    return f"base, guidance {guidance}"
+
+
+def switched_name(kind, updates, base_steps, guidance):
+    """What a table calls combined generation with this guidance of the base model."""
+    name = combined_name(kind, updates, base_steps)
+    if guidance == LOW_GUIDANCE:
+        name += f", base guidance {guidance}"
+    return name
+
+
+def aig_name(power, guidance):
+    name = f"ReFL, {2 * UPDATES} updates + AIG, power {power}"
+    if guidance == LOW_GUIDANCE:
+        name += f", base guidance {guidance}"
+    return name
 
 
 def measure_rows(bench, runs):
-    """{name of a row: its metrics, one dict per training seed}."""
-    rows = {"base, guidance 4": [bench.measure("base_4", None, bench.combined, NUM_STEPS, 4.0)]}
+    """{name of a row: its metrics, one dict per training seed, from seed 0 on}."""
+    rows = {}
+    for guidance in GUIDANCES:
+        metrics = bench.measure(f"base_{guidance}", None, bench.combined, NUM_STEPS, guidance)
+        rows[base_name(guidance)] = [metrics]
     for kind, snapshots in SNAPSHOTS.items():
-        # Only ReFL is also sampled alone, with 0 base steps.
-        switches = (0, *BASE_STEPS[kind]) if kind == "ReFL" else BASE_STEPS[kind]
+        switches = (*ALONE, *BASE_STEPS) if kind == "ReFL" else BASE_STEPS
         for updates, base_steps in itertools.product(snapshots, switches):
+            seeds = ALL_SEEDS
+            if base_steps in ALONE or updates > 2 * UPDATES:
+                seeds = SEEDS
             row_name = combined_name(kind, updates, base_steps)
-            for seed in SEEDS:
+            rows[row_name] = []
+            for seed in seeds:
                 run = runs[seed][kind]
                 metrics = bench.measure_combined(kind, run, seed, updates, base_steps)
-                rows.setdefault(row_name, []).append(metrics)
+                rows[row_name].append(metrics)
+
+    # Combined generation and AIG from ReFL's last snapshot.
     updates = SNAPSHOTS["ReFL"][-1]
-    for power in POWERS:
-        for seed in SEEDS:
+    for guidance, seeds in GUIDANCES.items():
+        for seed in seeds:
             lora = runs[seed]["ReFL"] / "lora" / f"step_{updates:06d}"
-            metrics = bench.measure(f"aig_{seed}_{updates}_{power}", lora, bench.aig, power)
-            rows.setdefault(aig_name(updates, power), []).append(metrics)
+            if guidance == LOW_GUIDANCE:
+                for base_steps in BASE_STEPS:
+                    name = f"ReFL_{seed}_{updates}_{base_steps}_{guidance}"
+                    metrics = bench.measure(name, lora, bench.combined, base_steps, guidance)
+                    row_name = switched_name("ReFL", updates, base_steps, guidance)
+                    rows.setdefault(row_name, []).append(metrics)
+            for power in POWERS[guidance]:
+                name = f"aig_{seed}_{updates}_{power}_{guidance}"
+                metrics = bench.measure(name, lora, bench.aig, power, guidance)
+                rows.setdefault(aig_name(power, guidance), []).append(metrics)
     return rows
 
 
@@ -82,21 +124,41 @@ def measure_rows(bench, runs):
 # Equal diversity
 
 
-def lines_of(rows, seed):
-    """{method: its lines, each a list of metrics}. Every line ends at the guided base model."""
-    (base,) = rows["base, guidance 4"]
-    lines = {}
-    for kind, snapshots in SNAPSHOTS.items():
-        lines[kind] = []
-        for updates in snapshots:
-            names = [combined_name(kind, updates, n) for n in BASE_STEPS[kind]]
-            lines[kind].append([rows[name][seed] for name in names] + [base])
-    updates = SNAPSHOTS["ReFL"][-1]
-    names = [aig_name(updates, power) for power in POWERS]
-    lines["AIG"] = [[rows[name][seed] for name in names] + [base]]
-    # AIG starts from this snapshot only, so it is compared with its line.
-    lines["ReFL, last"] = lines["ReFL"][-1:]
-    return lines
+def line_names(kind, updates, guidance=4):
+    """The rows of a snapshot in combined generation, up to the base model alone."""
+    names = [switched_name(kind, updates, n, guidance) for n in BASE_STEPS]
+    return [*names, base_name(guidance)]
+
+
+def aig_line(guidance):
+    """The rows of AIG with this guidance, up to the base model alone."""
+    return [aig_name(power, guidance) for power in POWERS[guidance]] + [base_name(guidance)]
+
+
+def comparisons():
+    """Yields (method, its lines, the other method, its lines, guidance); a line is a list of rows.
+
+    ImageReFL is compared with ReFL at equal updates, and then with twice as many. AIG starts from
+    ReFL's last snapshot only, so it is compared with combined generation from there.
+    """
+    first, last = SNAPSHOTS["ReFL"]
+    refl_lines = [line_names("ReFL", first), line_names("ReFL", last)]
+    image_lines = [line_names("ImageReFL", first), line_names("ImageReFL", last)]
+    yield "ImageReFL", image_lines, "ReFL", refl_lines, 4
+    yield "ImageReFL, 120", [line_names("ImageReFL", 2 * last)], "ReFL", refl_lines, 4
+    for guidance in GUIDANCES:
+        refl_line = line_names("ReFL", last, guidance)
+        yield "AIG", [aig_line(guidance)], "ReFL, 60", [refl_line], guidance
+
+
+def read_off(rows, lines, seed, diversity):
+    """Lines of names -> {metric: its best value at this diversity} with this training seed."""
+    lines_of_metrics = []
+    for line in lines:
+        # The base model is the end of every line, whatever the training seed.
+        ends = [rows[name][seed] for name in line[:-1]] + rows[line[-1]]
+        lines_of_metrics.append(ends)
+    return {metric: at_diversity(lines_of_metrics, diversity, metric) for metric in COMPARED}
 
 
 def at_diversity(lines, diversity, metric):
@@ -113,22 +175,19 @@ def at_diversity(lines, diversity, metric):
 
 
 def print_fronts(rows):
-    """Prints every method at equal diversity, and the differences from ReFL with base steps."""
-    for diversity in DIVERSITIES:
-        print(f"\nat dino_div {diversity}")
-        per_method = {}
-        for seed in SEEDS:
-            for method, lines in lines_of(rows, seed).items():
-                values = {metric: at_diversity(lines, diversity, metric) for metric in COMPARED}
-                per_method.setdefault(method, []).append(values)
-        for method, per_seed in per_method.items():
-            means = [f"{m} {mean(row[m] for row in per_seed):.3f}" for m in COMPARED]
-            print(f"  {method:<12}" + "  ".join(means))
-        for method, other in (("ImageReFL", "ReFL"), ("AIG", "ReFL, last")):
+    """Prints the methods at equal diversity, with differences paired by training seed."""
+    for method, lines, other, other_lines, guidance in comparisons():
+        # Some rows have five training seeds and some three.
+        seeds = range(len(rows[lines[0][0]]))
+        for diversity in DIVERSITIES[guidance]:
+            own = [read_off(rows, lines, seed, diversity) for seed in seeds]
+            others = [read_off(rows, other_lines, seed, diversity) for seed in seeds]
             differences = {}
             for metric in COMPARED:
-                pairs = zip(per_method[method], per_method[other])
-                differences[metric] = [own[metric] - refl[metric] for own, refl in pairs]
+                differences[metric] = [a[metric] - b[metric] for a, b in zip(own, others)]
+            values = [f"{metric} {mean(row[metric] for row in others):.3f}" for metric in COMPARED]
+            print(f"\nbase guidance {guidance}, dino_div {diversity}")
+            print(f"  {other}: " + "  ".join(values))
             print(f"  {method} minus {other}: " + describe_differences(differences))
 
 
@@ -143,23 +202,21 @@ def mean_over_seeds(per_seed):
 
 def plot_trade_off(rows):
     """Draws each metric against diversity, with a line over the settings of each method."""
-    (base,) = rows["base, guidance 4"]
     lines = {}  # label: rows of the line, color, form
     forms = (("tab:cyan", "tab:blue"), ("gold", "tab:orange", "tab:red"))
     for (kind, snapshots), colors in zip(SNAPSHOTS.items(), forms):
         for updates, color in zip(snapshots, colors):
-            names = [combined_name(kind, updates, n) for n in BASE_STEPS[kind]]
-            line = [mean_over_seeds(rows[name]) for name in names] + [base]
-            lines[f"{kind}, {updates} updates"] = (line, color, "o-")
+            lines[f"{kind}, {updates} updates"] = (line_names(kind, updates), color, "o-")
     updates = SNAPSHOTS["ReFL"][-1]
-    line = [mean_over_seeds(rows[aig_name(updates, power)]) for power in POWERS]
-    lines[f"ReFL, {updates} updates, AIG"] = (line + [base], "tab:green", "+--")
-    lines["base, guidance 4"] = ([base], "black", "*")
+    lines[f"ReFL, {updates} updates, AIG"] = (aig_line(4), "tab:green", "+--")
+    lines[base_name(4)] = ([base_name(4)], "black", "*")
 
     shown = [metric for metric in METRICS if metric != "dino_div"]
     figure, axes = subplots(1, len(shown), 4, 3.6)
     for axis, metric in zip(axes, shown):
-        for label, (line, color, form) in lines.items():
+        for label, (names, color, form) in lines.items():
+            # Every row has these seeds, and only some have more.
+            line = [mean_over_seeds(rows[name][: len(SEEDS)]) for name in names]
             x = [row["dino_div"] for row in line]
             y = [row[metric] for row in line]
             axis.plot(x, y, form, color=color, label=label, markersize=5)
@@ -177,7 +234,7 @@ def draw_images(bench):
         "ReFL alone": f"ReFL_0_{refl_updates}_0",
         f"ReFL, {LATE} base steps": f"ReFL_0_{refl_updates}_{LATE}",
         f"ImageReFL, {LATE} base": f"ImageReFL_0_{image_updates}_{LATE}",
-        "AIG, power 1": f"aig_0_{refl_updates}_1",
+        "AIG, power 1": f"aig_0_{refl_updates}_1_4",
     }
     rows = {label: bench.images(name)[SHOWN] for label, name in names.items()}
     draw_rows(rows, "trade_off_images.png")
