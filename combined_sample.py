@@ -52,8 +52,10 @@ from tqdm import tqdm
 from common import MODELS, TOY, base_model, decode_in_parts, denoise, find_lora, generator
 from common import initial_latents, load_lora, load_model, make_scheduler, merged, pick_device
 from common import sample, scheduler_step
+from data.images import open_image, to_tensor
 from data.prompts import condition, encode_once, read_prompts
-from run_folder import readable_errors, save_grid, settings_for, settings_parser, to_pil
+from run_folder import joined_processes, rank, readable_errors, save_grid, settings_for
+from run_folder import settings_parser, share, to_pil, wait_for_all, write_atomically
 
 # Defaults for images that no run's config.json describes. The base model's guidance is that of
 # diffusers' pipelines; the scheduler and its 40 steps are those of ImageReFL, section 5. The tuned
@@ -255,11 +257,13 @@ def sample_folder(model, prompts, args, out, base_steps=0):
         weights.append(tuned_weight(args.mode, i, num_steps, base_steps, args.aig_power))
 
     jobs = [(i, k) for i in range(len(prompts)) for k in range(args.num_images)]
-    rows = []
-    shown = []
-    progress = tqdm(total=len(jobs), desc=f"{out.name}, {args.mode}", unit="image")
-    for first in range(0, len(jobs), args.batch_size):
-        batch = jobs[first : first + args.batch_size]
+    # Under torchrun, each process makes its share of the images; alone, this process makes all.
+    own_jobs = share(jobs)
+    progress = tqdm(
+        total=len(own_jobs), desc=f"{out.name}, {args.mode}", unit="image", disable=rank() > 0
+    )
+    for first in range(0, len(own_jobs), args.batch_size):
+        batch = own_jobs[first : first + args.batch_size]
         generators = [generator(args.seed, "image", i, k) for i, k in batch]
         latents = initial_latents(model, generators)
         cond = condition(model, [prompts[i] for i, _ in batch])
@@ -269,22 +273,30 @@ def sample_folder(model, prompts, args, out, base_steps=0):
             args.guidance_scale, args.base_guidance_scale, args.eta,
         )
 
-        # Write the images. The grid shows at most eight prompts with eight images each.
+        # Write the images.
         images = decode_in_parts(model, latents, args.micro_batch)
         for (i, k), image in zip(batch, images):
-            file_name = f"{i:05d}_{k:02d}.png"
-            to_pil(image).save(out / file_name)
-            rows.append(dict(file_name=file_name, text=prompts[i], prompt_id=i, seed=args.seed))
-            if i < 8 and k < 8:
-                shown.append(image)
+            to_pil(image).save(out / image_name(i, k))
         progress.update(len(batch))
     progress.close()
+    wait_for_all()
 
-    save_grid(torch.stack(shown), out / "grid.png", columns=min(8, args.num_images))
+    # The grid shows at most eight prompts with eight images each.
+    shown = [open_image(out / image_name(i, k)) for i, k in jobs if i < 8 and k < 8]
+    images = torch.stack([to_tensor(image) for image in shown])
+    save_grid(images, out / "grid.png", columns=min(8, args.num_images))
     # metadata.jsonl comes last, so if it exists, all images do.
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / "metadata.jsonl").write_text(text, encoding="utf-8")
-    print(f"{len(rows)} images of {len(prompts)} prompts: {out}; look at {out / 'grid.png'}")
+    text = ""
+    for i, k in jobs:
+        row = dict(file_name=image_name(i, k), text=prompts[i], prompt_id=i, seed=args.seed)
+        text += json.dumps(row, ensure_ascii=False) + "\n"
+    write_atomically(out / "metadata.jsonl", text)
+    print(f"{len(jobs)} images of {len(prompts)} prompts: {out}; look at {out / 'grid.png'}")
+
+
+def image_name(i, k):
+    """The file name of image k of prompt i."""
+    return f"{i:05d}_{k:02d}.png"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,5 +382,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    with readable_errors(args):
+    with readable_errors(args), joined_processes(args):
         main(args)

@@ -70,9 +70,14 @@ def generator(seed, purpose, *index):
 
 
 def pick_device(name):
-    """ "auto", "cpu", "cuda" or "cuda:1" -> torch.device."""
+    """ "auto", "cpu", "cuda" or "cuda:1" -> torch.device.
+
+    torchrun numbers its processes in LOCAL_RANK, and each takes the GPU of that number.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit(f"--device {name}: torch sees no CUDA device on this machine; use --device cpu")

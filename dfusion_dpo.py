@@ -85,8 +85,10 @@ from common import load_model, make_scheduler, make_trainable, pick_device, pred
 from data.items import read_items, token_span, write_items
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward
-from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
-from run_folder import run_name, save_grid, score, settings_for, settings_parser
+from run_folder import Run, check_out, chosen_model, gather, held_out, joined_processes
+from run_folder import print_settings, rank, readable_errors, run_name, save_grid, score
+from run_folder import settings_for, settings_parser, share, sum_gradients, sum_processes
+from run_folder import write_atomically
 
 NAME = "dfusion_dpo"  # names the run folder and the progress bar; change it in a fork
 # Table 3: 4 x 160 images of 40 prompts per round, 25,600 in total. The LoRA rank is from the
@@ -510,8 +512,8 @@ def merge_masks(maps, thresholds, merge):
 
 def shade(image, masks):
     """Image (3, H, W), masks (steps, s, s) -> the image, dark where the masks are never set."""
-    share = masks.float().mean(0)[None, None]
-    return image * (0.2 + 0.8 * F.interpolate(share, image.shape[-2:], mode="nearest")[0])
+    how_often = masks.float().mean(0)[None, None]
+    return image * (0.2 + 0.8 * F.interpolate(how_often, image.shape[-2:], mode="nearest")[0])
 
 
 @torch.no_grad()
@@ -664,8 +666,8 @@ def pair_up(prompt, preferred, base, past_rewards, pictures, stats):
     return Pairs(prompts, trajectories, advantages(rewards, past_rewards), pictures, means)
 
 
-def join_pairs(parts):
-    """The Pairs of several prompts -> one. Statistics are means over the prompts."""
+def join_pairs(parts, num_prompts):
+    """The Pairs of this process's prompts -> one. Statistics are means over all num_prompts."""
     prompts = []
     pictures = []
     for k, part in enumerate(parts):
@@ -674,8 +676,8 @@ def join_pairs(parts):
             pictures += part.pictures
     stats = {}
     for name in parts[0].stats:
-        values = [part.stats[name] for part in parts]
-        stats[name] = sum(values) / len(values)
+        values = torch.tensor([part.stats[name] for part in parts], dtype=torch.float64)
+        stats[name] = gather(values, num_prompts).mean().item()
     all_trajectories = torch.cat([part.trajectories for part in parts], 1)
     all_advantages = torch.cat([part.advantages for part in parts], 1)
     return Pairs(prompts, all_trajectories, all_advantages, pictures, stats)
@@ -685,10 +687,12 @@ def sample_round(args, model, scheduler, reward, rows, plan, history, number):
     """Samples round `number` with the model's current weights, theta_old -> Pairs.
 
     history: {prompt: {round: rewards}}, which we add to. If a round is sampled again, it replaces
-    its own rewards.
+    its own rewards. Under torchrun, each process samples its share of the round's prompts.
     """
     parts = []
-    for row_index in draw_prompts(args, rows, number):
+    rewards = []
+    row_indices = draw_prompts(args, rows, number)
+    for row_index in share(row_indices):
         row = rows[row_index]
         prompt = row["prompt"]
 
@@ -699,6 +703,7 @@ def sample_round(args, model, scheduler, reward, rows, plan, history, number):
         # Score them. Only these rewards, never those of fused images, enter the history.
         samples = score_trajectories(args, model, reward, prompt, trajectories)
         history.setdefault(prompt, {})[number] = samples.rewards.tolist()
+        rewards.append(samples.rewards)
 
         # Choose references and bases. `reference` and `base` have one image per pair.
         references, bases, reference_of = choose(samples.rewards)
@@ -733,7 +738,12 @@ def sample_round(args, model, scheduler, reward, rows, plan, history, number):
             preferred = inverted(model, scheduler, prompt, preferred)
             base = inverted(model, scheduler, prompt, base)
         parts.append(pair_up(prompt, preferred, base, past_rewards, pictures, stats))
-    return join_pairs(parts)
+
+    # Later, these prompts may be other processes' turn, so every history holds all rewards.
+    rewards = gather(torch.stack(rewards), len(row_indices))
+    for row_index, rewards_of_prompt in zip(row_indices, rewards):
+        history.setdefault(rows[row_index]["prompt"], {})[number] = rewards_of_prompt.tolist()
+    return join_pairs(parts, len(row_indices))
 
 
 def finite_rewards(rewards_of_rounds):
@@ -889,6 +899,17 @@ def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
     return loss, log_prob.detach(), log_ratio.detach(), kl
 
 
+def share_of_steps(values, num_prompts):
+    """Values (N, ...) of all pair steps, prompt by prompt -> those of this process's prompts."""
+    return share(values.unflatten(0, (num_prompts, -1))).flatten(0, 1)
+
+
+def gather_steps(values, num_prompts):
+    """The reverse: values (n, ...) of this process's pair steps -> those of all of them (N, ...)."""
+    num_own_prompts = len(share(range(num_prompts)))
+    return gather(values.unflatten(0, (num_own_prompts, -1)), num_prompts).flatten(0, 1)
+
+
 def preference_stats(log_ratio, steps_of_pairs, num_steps):
     """What log_ratio (2, N) says: accuracy and margin, and its size at each step i."""
     margin = log_ratio[0] - log_ratio[1]
@@ -948,7 +969,7 @@ def main(args):
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
-    (run.dir / "test_prompts.txt").write_text("\n".join(test_prompts) + "\n")
+    write_atomically(run.dir / "test_prompts.txt", "\n".join(test_prompts) + "\n")
     history = {}
     state = run.resume(params, optimizer)
     if state is not None:
@@ -959,7 +980,8 @@ def main(args):
         if not args.naive and any("thresholds" not in row for row in rows):
             picture = run.dir / "samples" / "thresholds.png"
             find_thresholds(args, model, scheduler, rows, plan, picture)
-            write_items(run.dir / "prompts.json", rows, test_prompts)
+            if rank() == 0:
+                write_items(run.dir / "prompts.json", rows, test_prompts)
             print(f"thresholds: {run.dir / 'prompts.json'}, and what they mark: {picture}")
             print("  If they miss the items, edit the file and start again with --prompts FILE")
         before = held_out(run, model, reward, test_prompts, step=0)
@@ -977,7 +999,10 @@ def main(args):
     model.denoiser.register_forward_pre_hook(count_images)
 
     steps = range(run.start + 1, args.train_steps + 1)
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
+    num_prompts = args.batch_size // args.images_per_prompt
+    progress = tqdm(
+        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=rank() > 0
+    )
     for step in progress:
         started = time.time()
         passes.clear()
@@ -1002,30 +1027,45 @@ def main(args):
             passes.clear()
 
         # Compute the loss of all pairs at their steps, one micro-batch at a time, half a and half
-        # b. Weight each micro-batch's mean by its share of the total.
-        pair_steps = draw_pair_steps(args, number, len(pairs.prompts), trained_steps)
+        # b. Weight each micro-batch's mean by its share of the total. Under torchrun, each process
+        # takes the pairs that it has sampled.
+        num_pairs = num_prompts * args.images_per_prompt // 2
+        pair_steps = draw_pair_steps(args, number, num_pairs, trained_steps)
+        own_steps = share_of_steps(pair_steps, num_prompts)
+        own_steps = own_steps - torch.tensor([own_steps[0, 0], 0])
         total_loss = 0.0
         log_probs = []
         log_ratios = []
         kls = []
         pair_steps_per_batch = args.micro_batch // 2
-        for k in range(0, len(pair_steps), pair_steps_per_batch):
+        for k in range(0, len(own_steps), pair_steps_per_batch):
             part = slice(k, k + pair_steps_per_batch)
-            p, i = pair_steps[part].T
+            p, i = own_steps[part].T
             old = None
             if log_prob_old is not None:
-                old = log_prob_old[:, part].flatten().to(device)
+                old = share_of_steps(log_prob_old.T, num_prompts)[part].T.flatten().to(device)
             loss, log_prob, log_ratio, kl = pair_loss(args, model, scheduler, pairs, p, i, old)
             loss = loss * len(p) / len(pair_steps)
             loss.backward()
             total_loss += loss.detach()
             log_probs.append(log_prob.view(2, -1))
             log_ratios.append(log_ratio.view(2, -1))
-            kls.append(kl)
+            if kl is not None:
+                kls.append(kl.view(2, -1))
+
+        # With several processes, add up their gradients and collect what they log.
+        sum_gradients(params)
+        total_loss = sum_processes(total_loss)
+        log_prob = gather_steps(torch.cat(log_probs, 1).T, num_prompts).T.cpu()
+        log_ratio = gather_steps(torch.cat(log_ratios, 1).T, num_prompts).T.cpu()
+        kl = None
+        if kls:
+            kl = gather_steps(torch.cat(kls, 1).T, num_prompts).mean().item()
+        num_passes = sum_processes(torch.tensor(sum(passes))).item()
 
         # In the first epoch theta was theta_old, so these log-probabilities are theta_old's.
         if log_prob_old is None:
-            log_prob_old = torch.cat(log_probs, 1).cpu()
+            log_prob_old = log_prob
 
         # Update the weights, with the gradient's norm clipped to 1 (Table 3). Skip the update if
         # the gradient or the mean reward is NaN or Inf.
@@ -1038,17 +1078,16 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
 
         # Log the update, with samples of held-out prompts at every snapshot.
-        log_ratio = torch.cat(log_ratios, 1).cpu()
         stats = dict(
             round=number,
             epoch=epoch,
             loss=total_loss.item(),
             **pairs.stats,
             **preference_stats(log_ratio, pair_steps[:, 1], num_steps),
-            kl=torch.cat(kls).mean().item() if args.algo == "dpok" else None,
+            kl=kl,
             grad_norm=grad_norm,
             images=(number + 1) * args.batch_size,
-            passes=sum(passes),
+            passes=num_passes,
             skipped=None if is_finite else True,
             seconds=time.time() - started,
         )
@@ -1077,5 +1116,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    with readable_errors(args):
+    with readable_errors(args), joined_processes(args):
         main(args)

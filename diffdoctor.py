@@ -54,8 +54,10 @@ from data.images import image_batches, image_data
 from data.labels import Labelled, overlay, read_labels
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, Detector, load_detector, load_reward
-from run_folder import Run, SettingsHelp, check_out, chosen_model, held_out_images, print_settings
-from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser
+from run_folder import Run, SettingsHelp, check_out, chosen_model, gather, held_out_images
+from run_folder import joined_processes, num_processes, print_settings, rank, readable_errors
+from run_folder import run_name, save_grid, score, settings_for, settings_parser, share
+from run_folder import sum_gradients, sum_processes
 
 NAME = "diffdoctor"  # names the run folder of `treat`; change it in a fork
 PAPER = {  # treat: section 4.1, gamma from Eq. 4, and dev's 10 steps from section 4.3
@@ -400,6 +402,8 @@ def detector_metrics(detector, data, device):
 
 
 def train_detector(args):
+    if num_processes() > 1:
+        sys.exit("detector: batch norm must see the whole batch, so start it without torchrun")
     device = pick_device(args.device)
     rows = read_labels(args.data, args.real)
     train_indices = indices_by_source(rows, "train")
@@ -609,10 +613,13 @@ def treat(args):
         indices = []
         for step in steps:
             draw = generator(args.seed, "data", step)
-            indices.append(torch.randint(len(data), (args.batch_size,), generator=draw).tolist())
+            picks = torch.randint(len(data), (args.batch_size,), generator=draw)
+            indices.append(share(picks.tolist()))
         workers = 4 if device.type == "cuda" else 0
         batches = image_batches(data, indices, workers)
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc="treat")
+    progress = tqdm(
+        steps, initial=run.start, total=args.train_steps, desc="treat", disable=rank() > 0
+    )
     for step in progress:
         started = time.time()
 
@@ -620,13 +627,15 @@ def treat(args):
         if stop_reason(evaluations, args.patience, args.max_drift):
             break
 
-        # Draw the prompts.
+        # Draw the prompts. Under torchrun, each process takes its share of the images; alone, this
+        # process takes all of them.
         draw = generator(args.seed, "update", step)
         picks = torch.randint(len(train_prompts), (args.batch_size,), generator=draw)
-        prompts = [train_prompts[i] for i in picks]
+        prompts = [train_prompts[i] for i in share(picks)]
 
         # Denoise pure noise up to the steps that carry the gradient, the whole batch at once.
-        noise_generators = [generator(args.seed, "train", step, i) for i in range(args.batch_size)]
+        numbers = share(range(args.batch_size))
+        noise_generators = [generator(args.seed, "train", step, i) for i in numbers]
         noise = initial_latents(model, noise_generators)
         cond, uncond = condition_both(model, prompts, args.guidance_scale)
         num_prefix_steps = args.num_inference_steps - args.grad_steps
@@ -640,7 +649,7 @@ def treat(args):
         if args.gamma:
             images, captions = next(batches)
             x0 = encode(model, images, args.micro_batch)
-            draws = [generator(args.seed, "offline", step, i) for i in range(args.batch_size)]
+            draws = [generator(args.seed, "offline", step, i) for i in numbers]
             real_noise = initial_latents(model, draws)
             t_indices = [torch.randint(1000, (), generator=draw) for draw in draws]
             t = timesteps[torch.stack(t_indices)].to(device)
@@ -649,8 +658,8 @@ def treat(args):
         # Weight each micro-batch's mean by its share of the batch.
         total_loss = 0.0
         maps = []
-        total_offline_loss = 0.0
-        for i in range(0, args.batch_size, args.micro_batch):
+        total_offline_loss = torch.zeros((), device=device)
+        for i in range(0, len(prompts), args.micro_batch):
             part = slice(i, i + args.micro_batch)
             cond, uncond = condition_both(model, prompts[part], args.guidance_scale)
             confidence = treat_step(
@@ -675,6 +684,12 @@ def treat(args):
                 total_loss += loss.detach()
                 total_offline_loss += offline.detach() * len(confidence) / args.batch_size
 
+        # With several processes, add up their gradients and collect what they log.
+        sum_gradients(params)
+        total_loss = sum_processes(total_loss)
+        total_offline_loss = sum_processes(total_offline_loss)
+        maps = gather(torch.cat(maps), args.batch_size)
+
         # Update the weights, without clipping. A gradient with NaN or Inf never reaches them.
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
         is_finite = math.isfinite(grad_norm)
@@ -685,7 +700,6 @@ def treat(args):
         optimizer.zero_grad(set_to_none=True)
 
         # Log the update, with samples of held-out prompts at every snapshot.
-        maps = torch.cat(maps)
         stats = dict(
             loss=total_loss.item(),
             mean=maps.mean().item(),
@@ -731,5 +745,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    with readable_errors(args):
+    with readable_errors(args), joined_processes(args):
         main(args)

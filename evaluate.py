@@ -70,8 +70,8 @@ from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
 from rewards import MPS, UNREADABLE, PickScore, build_reward, explain, find_file, load_complete
 from rewards import load_detector
-from run_folder import generate_batches, readable_errors, settings_parser, to_pil
-from run_folder import write_atomically
+from run_folder import gather, generate_batches, joined_processes, rank, readable_errors
+from run_folder import settings_parser, share, to_pil, wait_for_all, write_atomically
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
@@ -510,12 +510,15 @@ def write_cache(path, features, key):
 def compute_features(network, name, folder, rows, device, batch_size):
     """A network's values (N, ...) for all images of a folder, on the CPU."""
     parts = []
-    with tqdm(total=len(rows), desc=f"{name} of {folder}", unit="image") as progress:
-        for images, rows_in_batch in read_batches(folder, rows, batch_size):
+    # Under torchrun, each process takes its share of the images; alone, this process takes all.
+    own_rows = share(rows)
+    label = f"{name} of {folder}"
+    with tqdm(total=len(own_rows), desc=label, unit="image", disable=rank() > 0) as progress:
+        for images, rows_in_batch in read_batches(folder, own_rows, batch_size):
             prompts = [row["text"] for row in rows_in_batch]
             parts.append(network(images.to(device), prompts).float().cpu())
             progress.update(len(images))
-    features = torch.cat(parts)
+    features = gather(torch.cat(parts), len(rows))
     # Only the oracle may return NaN, when it abstains.
     if name != "toy_correct" and not features.isfinite().all():
         sys.exit(f"{name}: its values for {folder} are not finite. Are its weights broken?")
@@ -537,7 +540,8 @@ def features_of(folders, names, sources, device, batch_size):
                 if network is None:
                     network = load_network(name, sources[name], device)
                 features = compute_features(network, name, folder, rows, device, batch_size)
-                write_cache(cache, features, key)
+                if rank() == 0:
+                    write_cache(cache, features, key)
             table[folder, name] = features
     return table
 
@@ -717,23 +721,32 @@ def load_snapshot(model, folder, lora_rank):
 def sample_folder(model, prompts, sampler, num_images, out, settings):
     """Samples a folder of images, all or nothing. settings.json records how."""
     temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    lines = []
-    with tqdm(total=len(prompts) * num_images, desc=f"{out}", unit="image") as progress:
-        batches = generate_batches(model, prompts, 0, sampler, num_images, micro_batch=4)
-        for images in batches:
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    wait_for_all()
+
+    rows = []
+    for i, prompt in enumerate(prompts):
+        for k in range(num_images):
+            rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompt, prompt_id=i, seed=0))
+    # generate_batches makes this process's share of the images, in the same order.
+    own_rows = iter(share(rows))
+    total = len(share(rows))
+    with tqdm(total=total, desc=f"{out}", unit="image", disable=rank() > 0) as progress:
+        for images in generate_batches(model, prompts, 0, sampler, num_images, micro_batch=4):
             for image in images:
-                i, k = divmod(len(lines), num_images)
-                name = f"{i:05d}_{k:02d}.png"
-                to_pil(image).save(temporary / name)
-                row = dict(file_name=name, text=prompts[i], prompt_id=i, seed=0)
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+                to_pil(image).save(temporary / next(own_rows)["file_name"])
             progress.update(len(images))
-    (temporary / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-    (temporary / "settings.json").write_text(settings)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.replace(out)
+    wait_for_all()
+
+    if rank() == 0:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (temporary / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+        (temporary / "settings.json").write_text(settings)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.replace(out)
+    wait_for_all()
 
 
 def sample_snapshots(run, prompts_file, num_images, device):
@@ -976,7 +989,7 @@ def main(args):
         detector=args.detector if "detector" in networks else None,
     )
     report(results, folders, shown)
-    if args.plot:
+    if args.plot and rank() == 0:
         plot(results, args.plot, steps)
     if args.out:
         first = next(iter(folders))
@@ -986,5 +999,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    with readable_errors(args):
+    with readable_errors(args), joined_processes(args):
         main(args)

@@ -51,8 +51,9 @@ from common import pick_device, predict_x0, sample
 from data.images import image_batches, image_data
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
-from run_folder import run_name, settings_for, settings_parser
+from run_folder import Run, check_out, chosen_model, gather, held_out, joined_processes
+from run_folder import print_settings, rank, readable_errors, run_name, settings_for
+from run_folder import settings_parser, share, sum_gradients, sum_processes
 
 NAME = "imagerefl"  # names the run folder and the progress bar; change it in a fork
 # From section 5; start and mid are from the code. The paper's 40 "epochs" are 4000 updates if one
@@ -209,22 +210,26 @@ def main(args):
         if not is_refl_update(step, args.refl_every):
             draw = generator(args.seed, "data", step)
             picks = torch.randint(len(data), (args.batch_size,), generator=draw)
-            picks_of_images.append(picks.tolist())
+            picks_of_images.append(share(picks.tolist()))
     num_workers = 4 if device.type == "cuda" else 0
     batches = image_batches(data, picks_of_images, num_workers)
 
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
+    progress = tqdm(
+        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=rank() > 0
+    )
     for step in progress:
         started = time.time()
 
-        # Draw the prompts, and the sampling step that will carry the gradient.
+        # Draw the prompts, and the sampling step that will carry the gradient. Under torchrun, each
+        # process takes its share of the images; alone, this process takes all of them.
         draw = generator(args.seed, "update", step)
         picks = torch.randint(len(train_prompts), (args.batch_size,), generator=draw)
-        prompts = [train_prompts[i] for i in picks]
+        prompts = [train_prompts[i] for i in share(picks)]
         mid = torch.randint(args.first_mid, args.last_mid + 1, (), generator=draw).item()
         t_mid = scheduler.timesteps[mid]
 
-        noise_generators = [generator(args.seed, "train", step, i) for i in range(args.batch_size)]
+        numbers = share(range(args.batch_size))
+        noise_generators = [generator(args.seed, "train", step, i) for i in numbers]
         noise = initial_latents(model, noise_generators)
         from_images = not is_refl_update(step, args.refl_every)
         if from_images:
@@ -252,7 +257,7 @@ def main(args):
         total_loss = 0.0
         rewards = []
         weighted_mses = []
-        for i in range(0, args.batch_size, args.micro_batch):
+        for i in range(0, len(prompts), args.micro_batch):
             part = slice(i, i + args.micro_batch)
             cond = condition(model, prompts[part])
             r = refl_step(model, scheduler, latents[part], t_mid, cond, reward, prompts[part])
@@ -271,6 +276,11 @@ def main(args):
                 total_loss += loss.detach()
                 weighted_mses.append(mse.detach() * len(r))
 
+        # With several processes, add up their gradients and collect what they log.
+        sum_gradients(params)
+        total_loss = sum_processes(total_loss)
+        rewards = gather(torch.cat(rewards), args.batch_size)
+
         # Update the weights, without clipping. A gradient with NaN or Inf never reaches them.
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
         is_finite = math.isfinite(grad_norm)
@@ -283,7 +293,7 @@ def main(args):
         # Log the update, with samples of held-out prompts at every snapshot.
         stats = dict(
             loss=total_loss.item(),
-            reward=torch.cat(rewards).mean().item(),
+            reward=rewards.mean().item(),
             grad_norm=grad_norm,
             grad_rms=grad_norm / num_params**0.5,
             mid=mid,
@@ -291,7 +301,7 @@ def main(args):
             seconds=time.time() - started,
         )
         if weighted_mses:
-            stats["mse"] = torch.stack(weighted_mses).sum().item() / args.batch_size
+            stats["mse"] = sum_processes(torch.stack(weighted_mses).sum()).item() / args.batch_size
         is_snapshot = step % args.save_every == 0 or step == args.train_steps
         if is_snapshot:
             stats["test_reward"] = held_out(run, model, reward, test_prompts, step)
@@ -309,5 +319,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    with readable_errors(args):
+    with readable_errors(args), joined_processes(args):
         main(args)

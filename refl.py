@@ -43,8 +43,9 @@ from common import TOY, decode, denoise, generator, initial_latents, load_model,
 from common import make_trainable, merged, pick_device, predict_x0, sample
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
-from run_folder import run_name, settings_for, settings_parser
+from run_folder import Run, check_out, chosen_model, gather, held_out, joined_processes
+from run_folder import print_settings, rank, readable_errors, run_name, settings_for
+from run_folder import settings_parser, share, sum_gradients, sum_processes
 
 NAME = "refl"  # names the run folder and the progress bar; change it in a fork
 # From ImageReFL's section 5 and its code, where ReFL runs 20 "epochs" of 100 updates. lora_rank 0,
@@ -196,21 +197,25 @@ def main(args):
         print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
 
     steps = range(run.start + 1, args.train_steps + 1)
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
+    progress = tqdm(
+        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=rank() > 0
+    )
     for step in progress:
         started = time.time()
 
-        # Draw the prompts, and the sampling step that will carry the gradient.
+        # Draw the prompts, and the sampling step that will carry the gradient. Under torchrun, each
+        # process takes its share of the images; alone, this process takes all of them.
         draw = generator(args.seed, "update", step)
         picks = torch.randint(len(train_prompts), (args.batch_size,), generator=draw)
-        prompts = [train_prompts[i] for i in picks]
+        prompts = [train_prompts[i] for i in share(picks)]
         mid = torch.randint(args.first_mid, args.last_mid + 1, (), generator=draw).item()
         t_mid = scheduler.timesteps[mid]
 
         # Denoise pure noise up to that step, the whole batch at once and without gradients. Each
         # image's generator also supplies its step noise. In this block the LoRA is folded into the
         # weights, which is faster.
-        noise_generators = [generator(args.seed, "train", step, i) for i in range(args.batch_size)]
+        numbers = share(range(args.batch_size))
+        noise_generators = [generator(args.seed, "train", step, i) for i in numbers]
         noise = initial_latents(model, noise_generators)
         cond = condition(model, prompts)
         with merged(model):
@@ -220,7 +225,7 @@ def main(args):
         # Weight each micro-batch's mean by its share of the batch.
         total_loss = 0.0
         rewards = []
-        for i in range(0, args.batch_size, args.micro_batch):
+        for i in range(0, len(prompts), args.micro_batch):
             part = slice(i, i + args.micro_batch)
             cond = condition(model, prompts[part])
             r = refl_step(model, scheduler, latents[part], t_mid, cond, reward, prompts[part])
@@ -232,6 +237,11 @@ def main(args):
             loss.backward()
             total_loss += loss.detach()
             rewards.append(r.detach())
+
+        # With several processes, add up their gradients and collect what they log.
+        sum_gradients(params)
+        total_loss = sum_processes(total_loss)
+        rewards = gather(torch.cat(rewards), args.batch_size)
 
         # Update the weights, without clipping. A gradient with NaN or Inf never reaches them.
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
@@ -245,7 +255,7 @@ def main(args):
         # Log the update, with samples of held-out prompts at every snapshot.
         stats = dict(
             loss=total_loss.item(),
-            reward=torch.cat(rewards).mean().item(),
+            reward=rewards.mean().item(),
             grad_norm=grad_norm,
             grad_rms=grad_norm / num_params**0.5,
             mid=mid,
@@ -269,5 +279,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    with readable_errors(args):
+    with readable_errors(args), joined_processes(args):
         main(args)

@@ -9,24 +9,29 @@
 A run folder is started once and then resumed as often as needed. A killed run loses only the
 updates since its last checkpoint, and the files of a resumed run are the same, byte for byte, as
 those of a run that was never stopped.
+
+Under torchrun, several processes with a GPU each share out the images of an update. The numbers do
+not depend on how many there are, except for the last digits, which depend on the order of sums.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import MODELS, FluxPipeline, StableDiffusionPipeline, base_model, decode_in_parts
-from common import find_pipeline, generator, initial_latents, make_scheduler, merged, read_json
+from common import find_pipeline, generator, initial_latents, make_scheduler, merged, pick_device
+from common import read_json, sample
 from common import sample
 from data.prompts import condition
 
@@ -140,6 +145,85 @@ def readable_errors(args):
 
 
 # --------------------------------------------------------------------------------------------------
+# Several GPUs
+
+
+@contextlib.contextmanager
+def joined_processes(args):
+    """Inside this context, the processes that torchrun started work together.
+
+    Process 0 writes all files and prints. Without torchrun, this does nothing.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # By default, CUDA tensors travel by NCCL and CPU tensors by gloo.
+    dist.init_process_group()
+    # No process may create the run's folder while another still checks that there is none.
+    wait_for_all()
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    yield
+    dist.destroy_process_group()
+
+
+def rank():
+    """The number of this process: 0 .. num_processes() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(items):
+    """This process's part of a list, range or tensor. Without torchrun, that is all of it."""
+    total = len(items)
+    if total < num_processes():
+        sys.exit(f"{num_processes()} processes cannot share out {total} images; start fewer")
+    first = total * rank() // num_processes()
+    last = total * (rank() + 1) // num_processes()
+    return items[first:last]
+
+
+def gather(rows, total):
+    """The rows (n, ...) of this process's share -> those of all processes (total, ...)."""
+    if num_processes() == 1:
+        return rows
+    everything = rows.new_zeros(total, *rows.shape[1:])
+    share(everything).copy_(rows)
+    return sum_processes(everything)
+
+
+def sum_processes(tensor):
+    """The sum of the tensors of all processes, in place."""
+    if num_processes() > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise ConnectionError("another process of this run has ended") from error
+    return tensor
+
+
+def sum_gradients(params):
+    """Adds up the gradients of all processes, in a single exchange."""
+    if num_processes() == 1:
+        return
+    flat = sum_processes(torch.cat([p.grad.flatten() for p in params]))
+    parts = flat.split([p.numel() for p in params])
+    for p, part in zip(params, parts):
+        p.grad.copy_(part.view_as(p))
+
+
+def wait_for_all():
+    """Returns once all processes are here."""
+    sum_processes(torch.zeros(1))
+
+
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -151,6 +235,8 @@ def to_pil(image):
 
 def save_grid(images, path, columns):
     """Images (N, 3, H, W) in [0, 1] -> one PNG, row by row. Small images are enlarged."""
+    if rank() > 0:
+        return
     zoom = max(1, 128 // images.shape[-1])
     images = F.interpolate(images.detach(), scale_factor=zoom, mode="nearest")
     save_image(images, path, nrow=columns, padding=0)
@@ -163,6 +249,7 @@ def generate_batches(
     """Yields images (up to batch_size, 3, H, W) in [0, 1] on the CPU, prompt by prompt.
 
     Image k of prompt i has the noise of generator(seed, purpose, i, k), whatever batch it is in.
+<<<<<<< HEAD
     sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), as in config.json. With
     base_steps in it, the base model takes that many first steps.
     """
@@ -170,6 +257,14 @@ def generate_batches(
     guidance_scale = sampler["guidance_scale"]
     base_steps = sampler.get("base_steps", 0)
     jobs = [(i, k) for i in range(len(prompts)) for k in range(num_images)]
+=======
+    Each process makes its share of the images.
+    sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), as in config.json.
+    """
+    scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
+    guidance_scale = sampler["guidance_scale"]
+    jobs = share([(i, k) for i in range(len(prompts)) for k in range(num_images)])
+>>>>>>> 8798af4 (torchrun: several GPUs share out the images of an update)
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [generator(seed, purpose, i, k) for i, k in batch]
@@ -190,9 +285,10 @@ def generate_batches(
         yield decode_in_parts(model, latents, micro_batch)
 
 
-def generate(*args, **kwargs):
+def generate(model, prompts, seed, sampler, num_images=1, *args, **kwargs):
     """All images of generate_batches in one tensor (len(prompts) * num_images, 3, H, W)."""
-    return torch.cat(list(generate_batches(*args, **kwargs)))
+    batches = generate_batches(model, prompts, seed, sampler, num_images, *args, **kwargs)
+    return gather(torch.cat(list(batches)), len(prompts) * num_images)
 
 
 @torch.no_grad()
@@ -226,6 +322,8 @@ def held_out(run, model, reward, prompts, step, num_images=2):
 
 def write_atomically(path, text):
     """Writes a file so that readers see all of it or the old one, even after kill -9."""
+    if rank() > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
@@ -254,6 +352,7 @@ class Run:
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
             self.write_config()
             write_atomically(self.dir / "log.jsonl", "")
+        wait_for_all()
 
     def check_config(self):
         """Exits if a setting that changes the numbers differs from the run's."""
@@ -304,6 +403,8 @@ class Run:
                 value = float(f"{value:.8g}")
             if value is not None:
                 row[name] = value
+        if rank() > 0:
+            return
         with open(self.dir / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -313,13 +414,17 @@ class Run:
         message = f"update {step}: NaN or Inf in its gradient or reward, skipped"
         if self.skipped[-5:] == list(range(step - 4, step + 1)):
             sys.exit(f"{message}. This is the fifth in a row; lower --lr")
-        tqdm.write(f"{message} ({len(self.skipped) - 1} skipped before)", file=sys.stderr)
+        if rank() == 0:
+            tqdm.write(f"{message} ({len(self.skipped) - 1} skipped before)", file=sys.stderr)
 
     def save(self, step, model, params, optimizer, **more):
-        """Writes the user's weights, a snapshot of them, and the checkpoint with `more`.
+        """Writes the user's weights, a snapshot of them, and the checkpoint with `more`."""
+        if rank() == 0:
+            self.write_checkpoint(step, model, params, optimizer, more)
+        wait_for_all()
 
-        All files are written to a temporary folder first and then moved, the checkpoint last.
-        """
+    def write_checkpoint(self, step, model, params, optimizer, more):
+        """Writes all files to a temporary folder first and then moves them, the checkpoint last."""
         new = self.dir / "new.tmp"
         shutil.rmtree(new, ignore_errors=True)
         weights = new / self.weights.name

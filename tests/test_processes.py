@@ -1,0 +1,171 @@
+"""torchrun: several processes compute the numbers of one. Here two of them, on the CPU, by gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import combined_sample
+import evaluate
+import pytest
+import refl
+import torch
+from conftest import PROMPTS, ROOT, read_log, read_weights_of_run, run_script, training_commands
+from PIL import Image, ImageChops
+
+ITEMS = {1: "blue square", 2: "triangle"}  # number of a prompt: the item that fusion moves
+TRAINING = ("refl", "imagerefl", "treat", "focus_n_fix", "dfusion_dpo")
+
+
+def start_torchrun(script, *words):
+    """Starts a script in two processes under torchrun -> the process of torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    # The -- keeps torchrun from taking our --start for a flag of its own.
+    command += ["--", str(ROOT / script), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """A folder with every run twice: made by one process (one/NAME) and by two (two/NAME)."""
+    root = tmp_path_factory.mktemp("processes")
+    # Both processes need something to do: two held-out prompts, and two prompts per round.
+    (root / "two_prompts.txt").write_text("\n".join(PROMPTS[:2]) + "\n")
+    rows = [dict(prompt=PROMPTS[i], items=[item], thresholds=[0.08]) for i, item in ITEMS.items()]
+    (root / "items.json").write_text(json.dumps({"two": dict(train=rows, test=PROMPTS[:2])}))
+
+    commands = []
+    for name in TRAINING:
+        module, words = training_commands(world)[name]
+        if name == "dfusion_dpo":
+            words = [*words, "--prompts", root / "items.json", "--batch_size", 8]
+        else:
+            words = [*words, "--test_prompts", root / "two_prompts.txt"]
+        assert run_script(module, *words, "--out", root / "one" / name) == 0
+        commands.append([module.__name__, [*words, "--out", root / "two" / name]])
+
+    # A run that stops halfway, to be resumed by one process.
+    words = [*halfway_words(world, root), "--train_steps", 2]
+    commands.append(["refl", words])
+
+    # The images of a run, and what they are like.
+    lora = root / "one" / "refl"
+    images = ["--lora", lora, "--mode", "aig", "--prompts", world.prompts, "--num_images", 2]
+    judge = ["--metrics", "toy_pref,dino_div", "--dino", "toy"]
+    for name in ("one", "two"):
+        sampling = ["combined_sample", [*images, "--out", root / name / "images"]]
+        judging = ["evaluate", [root / name / "images", *judge, "--out", root / name / "out.json"]]
+        if name == "two":
+            commands += [sampling, judging]
+        else:
+            assert run_script(combined_sample, *sampling[1]) == 0
+            assert run_script(evaluate, *judging[1]) == 0
+
+    path = root / "commands.json"
+    words = [[name, [str(word) for word in words]] for name, words in commands]
+    path.write_text(json.dumps(words))
+    process = start_torchrun("tests/run_commands.py", path)
+    output = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    statuses = json.loads(path.with_suffix(".done.json").read_text())
+    assert statuses == [0] * len(commands), output
+    return root
+
+
+def halfway_words(world, root):
+    """The flags of the run that two processes start and one process finishes."""
+    _, words = training_commands(world)["refl"]
+    return [*words, "--test_prompts", root / "two_prompts.txt", "--out", root / "two" / "half"]
+
+
+def assert_same_run(first, second):
+    """Logs and weights agree, except for the last digits, which depend on the order of sums."""
+    rows = read_log(first)
+    other_rows = read_log(second)
+    assert len(rows) == len(other_rows) == 4
+    for row, other in zip(rows, other_rows):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            if isinstance(value, dict):
+                value = list(value.values())
+                other[name] = list(other[name].values())
+            assert other[name] == pytest.approx(value, rel=1e-3, abs=2e-5), name
+    weights = read_weights_of_run(first)
+    other_weights = read_weights_of_run(second)
+    assert weights.keys() == other_weights.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(other_weights[key], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_two_processes_train_as_one(runs, name):
+    assert_same_run(runs / "one" / name, runs / "two" / name)
+
+
+def test_one_process_resumes_what_two_started(runs, world):
+    assert run_script(refl, *halfway_words(world, runs), "--resume") == 0
+    assert_same_run(runs / "one" / "refl", runs / "two" / "half")
+
+
+def test_two_processes_sample_and_judge_as_one(runs):
+    files = sorted(path.name for path in (runs / "one" / "images").glob("*.*"))
+    assert len(files) == 4 * 2 + 2
+    for name in files:
+        first = runs / "one" / "images" / name
+        second = runs / "two" / "images" / name
+        if name.endswith(".png"):
+            difference = ImageChops.difference(Image.open(first), Image.open(second))
+            assert max(high for _, high in difference.getextrema()) <= 1
+        else:
+            assert first.read_bytes() == second.read_bytes()
+
+    results = json.loads((runs / "one" / "out.json").read_text())
+    other = json.loads((runs / "two" / "out.json").read_text())
+    (row,) = results["summaries"].values()
+    (other_row,) = other["summaries"].values()
+    for metric in ("toy_pref", "dino_div"):
+        assert other_row[metric]["mean"] == pytest.approx(row[metric]["mean"], abs=1e-4)
+
+
+def test_a_killed_process_ends_the_run(world):
+    _, words = training_commands(world)["refl"]
+    words = [*words, "--train_steps", 100_000, "--out", "run"]
+    process = start_torchrun("refl.py", *words)
+    deadline = time.time() + 240
+    log = Path("run/log.jsonl")
+    while not (log.is_file() and log.read_text()):
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    # Only process 0 prints, and the other one gets no further than the next exchange.
+    assert output.count("held-out toy_pref before") == 1
+    assert "Traceback" not in errors.split("torch/distributed")[0], errors
+
+
+def test_more_processes_than_images_are_refused(monkeypatch):
+    import run_folder
+
+    monkeypatch.setattr(run_folder, "num_processes", lambda: 3)
+    with pytest.raises(SystemExit, match="3 processes cannot share out 2 images"):
+        run_folder.share([0, 1])
+
+
+@pytest.mark.parametrize("total", (3, 7, 8))
+def test_shares_are_disjoint_and_complete(monkeypatch, total):
+    import run_folder
+
+    monkeypatch.setattr(run_folder, "num_processes", lambda: 3)
+    everything = []
+    for number in range(3):
+        monkeypatch.setattr(run_folder, "rank", lambda number=number: number)
+        everything += run_folder.share(list(range(total)))
+    assert everything == list(range(total))
