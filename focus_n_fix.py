@@ -58,8 +58,9 @@ from common import load_model, make_scheduler, make_trainable, merged, pick_devi
 from common import scheduler_step
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, Detector, PickScore, load_detector, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, held_out, print_settings, readable_errors
-from run_folder import run_name, save_grid, score, settings_for, settings_parser
+from run_folder import Run, check_out, chosen_model, gather, held_out, joined_processes
+from run_folder import print_settings, rank, readable_errors, run_name, save_grid, score
+from run_folder import settings_for, settings_parser, share, sum_gradients, sum_processes
 
 NAME = "focus_n_fix"  # names the run folder and the progress bar; change it in a fork
 PAPER = {  # second-hand: from summaries by others, not from the abstract. SD 1.4 is its main model
@@ -368,27 +369,33 @@ class Pool:
         self.seed = seed
         self.size = size
         self.make_base = make_base
-        self.base = []  # I0 of each pair, on the CPU
-        self.mask = []  # M of each pair, on the CPU
+        self.base = None  # I0 of each pair, on the CPU
+        self.mask = None  # M of each pair, on the CPU
 
     def fill(self, num_pairs, batch_size):
         """Makes I0 and M for the first pairs. Call it once, before the first batch."""
-        for first in tqdm(range(0, num_pairs, batch_size), desc="I0 and M of the pool"):
-            pairs = range(first, min(first + batch_size, num_pairs))
+        # Under torchrun, each process makes its share of them, and all get all.
+        own_pairs = share(range(num_pairs))
+        bases = []
+        masks = []
+        batches = range(0, len(own_pairs), batch_size)
+        for first in tqdm(batches, desc="I0 and M of the pool", disable=rank() > 0):
+            pairs = own_pairs[first : first + batch_size]
             base, mask = self.make_base(self.draw_noise(pairs), self.draw_prompts(pairs))
-            self.base.extend(base)
-            self.mask.extend(mask)
+            bases.append(base)
+            masks.append(mask)
+        self.base = gather(torch.cat(bases), num_pairs)
+        self.mask = gather(torch.cat(masks), num_pairs)
 
-    def batch(self, first, batch_size):
-        """Pairs first .. first + batch_size - 1 -> prompts, and on the device x_T, I0 and M."""
-        pairs = range(first, first + batch_size)
+    def batch(self, pairs):
+        """Numbers of pairs -> their prompts, and on the device x_T, I0 and M."""
         if self.size:
             pairs = [pair % self.size for pair in pairs]
         prompts = self.draw_prompts(pairs)
         noise = self.draw_noise(pairs)
         if self.size:
-            base = torch.stack([self.base[pair] for pair in pairs])
-            mask = torch.stack([self.mask[pair] for pair in pairs])
+            base = self.base[pairs]
+            mask = self.mask[pairs]
         else:
             base, mask = self.make_base(noise, prompts)
         return prompts, noise, base.to(self.model.device), mask.to(self.model.device)
@@ -397,7 +404,7 @@ class Pool:
         """The rewards (num_pairs,) of I0 of the first pairs, from which r' gets its unit."""
         rewards = []
         for first in range(0, num_pairs, batch_size):
-            prompts, _, base, _ = self.batch(first, min(batch_size, num_pairs - first))
+            prompts, _, base, _ = self.batch(range(first, min(first + batch_size, num_pairs)))
             rewards.append(score(reward, base, prompts))
         return torch.cat(rewards)
 
@@ -465,10 +472,11 @@ def compare(run, model, scheduler, num_prefix_steps, pairs, reward, spread, step
     mask = pairs.mask
 
     def sample_pairs(prefix, tail):
-        return sample_in_two(
+        images = sample_in_two(
             model, scheduler, args.guidance_scale, num_prefix_steps, args.micro_batch,
-            pairs.noise, pairs.prompts, prefix, tail,
+            share(pairs.noise), share(pairs.prompts), prefix, tail,
         )
+        return gather(images, len(pairs.prompts))
 
     def objective(images):
         r = score(reward, images.to(model.device), pairs.prompts) / spread
@@ -535,7 +543,7 @@ def main(args):
     if args.pool:
         num_pairs = min(args.pool, args.train_steps * args.batch_size)
         pool.fill(max(num_pairs, spread_pairs), args.batch_size)
-        areas = torch.stack([mask.mean() for mask in pool.mask])
+        areas = pool.mask.mean((1, 2, 3))
         num_empty = (areas == 0).sum()
         num_full = (areas == 1).sum()
         print(f"{len(areas)} pairs: the region is {areas.mean():.1%} of I0")
@@ -562,13 +570,16 @@ def main(args):
     last_timesteps = scheduler.timesteps[num_prefix_steps:].tolist()
 
     steps = range(run.start + 1, args.train_steps + 1)
-    progress = tqdm(steps, initial=run.start, total=args.train_steps, desc=NAME)
+    progress = tqdm(
+        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=rank() > 0
+    )
     for step in progress:
         started = time.time()
 
-        # Take the next pairs in turn, with what the base model makes of them.
+        # Take the next pairs in turn, with what the base model makes of them. Under torchrun, each
+        # process takes its share of the pairs; alone, this process takes all of them.
         first = (step - 1) * args.batch_size
-        prompts, noise, base, mask = pool.batch(first, args.batch_size)
+        prompts, noise, base, mask = pool.batch(share(range(first, first + args.batch_size)))
 
         # Denoise the same noise up to the last K steps, the whole batch at once and without
         # gradients: with the tuned model, as in DRaFT, or with the base model.
@@ -588,7 +599,7 @@ def main(args):
         outside = []
         inside = []
         squared_grads = dict.fromkeys(last_timesteps, 0.0)
-        for i in range(0, args.batch_size, args.micro_batch):
+        for i in range(0, len(prompts), args.micro_batch):
             part = slice(i, i + args.micro_batch)
             cond = condition(model, prompts[part])
             uncond = condition(model, [None] * len(prompts[part]))
@@ -612,6 +623,16 @@ def main(args):
             for t, noise_pred in zip(last_timesteps, noise_preds):
                 squared_grads[t] += noise_pred.grad.square().sum()
 
+        # With several processes, add up their gradients and collect what they log.
+        sum_gradients(params)
+        total_loss = sum_processes(total_loss)
+        rewards = gather(torch.cat(rewards), args.batch_size)
+        rewards_of_base = gather(torch.cat(rewards_of_base), args.batch_size)
+        outside = gather(torch.cat(outside), args.batch_size)
+        inside = gather(torch.cat(inside), args.batch_size)
+        area = gather(mask.mean((1, 2, 3)), args.batch_size)
+        grads = sum_processes(torch.stack(list(squared_grads.values()))).sqrt().tolist()
+
         # Update the weights, with the gradient's norm clipped to 1. A gradient with NaN or Inf
         # never reaches them.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
@@ -623,18 +644,17 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
 
         # Log the update, with samples of held-out prompts at every snapshot.
-        area = mask.mean((1, 2, 3))
         stats = dict(
             loss=total_loss.item(),
-            reward=torch.cat(rewards).mean().item(),
-            base_reward=torch.cat(rewards_of_base).mean().item(),
+            reward=rewards.mean().item(),
+            base_reward=rewards_of_base.mean().item(),
             grad_norm=grad_norm,
             grad_rms=grad_norm / num_params**0.5,
-            outside=torch.cat(outside).mean().item(),
-            inside=torch.cat(inside).mean().item(),
+            outside=outside.mean().item(),
+            inside=inside.mean().item(),
             area=area.mean().item(),
             empty=int((area == 0).sum()),
-            grad_by_t={t: float(f"{s.sqrt():.4g}") for t, s in squared_grads.items()},
+            grad_by_t={t: float(f"{grad:.4g}") for t, grad in zip(last_timesteps, grads)},
             skipped=None if is_finite else True,
             seconds=time.time() - started,
         )
@@ -656,5 +676,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = parse_args()
-    with readable_errors(args):
+    with readable_errors(args), joined_processes(args):
         main(args)

@@ -30,9 +30,9 @@ from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from common import MODELS, FluxPipeline, StableDiffusionPipeline, base_model, decode_in_parts
 from common import find_pipeline, generator, initial_latents, make_scheduler, merged, pick_device
 from common import read_json, sample
-from common import sample
 from data.prompts import condition
 
 # Settings that do not change the numbers may differ when a run is resumed.
@@ -249,22 +249,14 @@ def generate_batches(
     """Yields images (up to batch_size, 3, H, W) in [0, 1] on the CPU, prompt by prompt.
 
     Image k of prompt i has the noise of generator(seed, purpose, i, k), whatever batch it is in.
-<<<<<<< HEAD
     sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), as in config.json. With
     base_steps in it, the base model takes that many first steps.
     """
     scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
     guidance_scale = sampler["guidance_scale"]
     base_steps = sampler.get("base_steps", 0)
-    jobs = [(i, k) for i in range(len(prompts)) for k in range(num_images)]
-=======
-    Each process makes its share of the images.
-    sampler: dict(scheduler, eta, num_inference_steps, guidance_scale), as in config.json.
-    """
-    scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
-    guidance_scale = sampler["guidance_scale"]
+    # Under torchrun, each process makes its share of the images.
     jobs = share([(i, k) for i in range(len(prompts)) for k in range(num_images)])
->>>>>>> 8798af4 (torchrun: several GPUs share out the images of an update)
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [generator(seed, purpose, i, k) for i, k in batch]

@@ -201,14 +201,14 @@ def test_a_pool_is_finite_and_its_pairs_come_again(world):
     pool = Pool(model, PROMPTS, 0, 6, make_base)
     pool.fill(6, batch_size=4)
     no_pool = Pool(model, PROMPTS, 0, 0, make_base)
-    prompts, noise, base, mask = pool.batch(4, 4)  # pairs 4, 5, 0, 1
+    prompts, noise, base, mask = pool.batch(range(4, 8))  # pairs 4, 5, 0, 1
     assert torch.equal(base, 2 * noise) and torch.equal(mask, noise[:, :1])
-    assert torch.equal(noise[2:], pool.batch(0, 2)[1])
-    for again, size in ((pool.batch(10, 4), 4), (no_pool.batch(4, 4), 2)):
+    assert torch.equal(noise[2:], pool.batch(range(2))[1])
+    for again, size in ((pool.batch(range(10, 14)), 4), (no_pool.batch(range(4, 8)), 2)):
         assert again[0][:size] == prompts[:size]
         for part, part_again in zip((noise, base, mask), again[1:]):
             assert torch.equal(part[:size], part_again[:size])
-    assert not any(torch.equal(x, noise[2]) for x in no_pool.batch(6, 16)[1])
+    assert not any(torch.equal(x, noise[2]) for x in no_pool.batch(range(6, 22))[1])
 
 
 def short_run(world, *more):
@@ -231,7 +231,7 @@ def pairs_of_short_run(model):
         return base_and_mask(model, scheduler, 2.0, region, 4, noise, prompts)
 
     pool = Pool(model, PROMPTS, 0, 0, make_base)
-    return pool.batch(0, 4)
+    return pool.batch(range(4))
 
 
 @pytest.mark.parametrize("pool", [4, 0])
