@@ -905,7 +905,7 @@ def share_of_steps(values, num_prompts):
 
 
 def gather_steps(values, num_prompts):
-    """The reverse: values (n, ...) of this process's pair steps -> those of all of them (N, ...)."""
+    """Values (n, ...) of this process's pair steps -> those of all processes (N, ...)."""
     num_own_prompts = len(share(range(num_prompts)))
     return gather(values.unflatten(0, (num_own_prompts, -1)), num_prompts).flatten(0, 1)
 
