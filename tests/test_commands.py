@@ -40,11 +40,14 @@ MODULES = {
     "mine.py": refl,  # the README's fork
 }
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "results").glob("*.md"))]
-COMMAND = re.compile(r"python ((?:data/)?\w+\.py)([^`#\n]*)")
+COMMAND = re.compile(r"(?:python|torchrun [^`\n]*--) ((?:data/)?\w+\.py)([^`#\n]*)")
 
 
 def commands_of_pages():
-    """Every `python script.py ...` in the pages, in code blocks and in running text."""
+    """Every `python script.py ...` in the pages, in code blocks and in running text.
+
+    Those that are started by `torchrun ... -- script.py ...` count as well.
+    """
     found = []
     for page in PAGES:
         # A backslash at the end of a line continues the command.

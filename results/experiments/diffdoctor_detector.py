@@ -26,7 +26,6 @@ from PIL import Image
 from common import TOY
 from data.labels import Labelled, diagnose, read_labels
 from diffdoctor import detector_metrics
-from common import TOY
 from rewards import load_detector
 from toy import oracle
 from toy.artifacts import corrupt
