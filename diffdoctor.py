@@ -57,7 +57,7 @@ from rewards import REWARDS, Detector, load_detector, load_reward
 from run_folder import Run, SettingsHelp, check_out, chosen_model, gather, held_out_images
 from run_folder import joined_processes, num_processes, print_settings, rank, readable_errors
 from run_folder import run_name, save_grid, score, settings_for, settings_parser, share
-from run_folder import sum_gradients, sum_processes
+from run_folder import sum_gradients, sum_processes, write_atomically
 
 NAME = "diffdoctor"  # names the run folder of `treat`; change it in a fork
 PAPER = {  # treat: section 4.1, gamma from Eq. 4, and dev's 10 steps from section 4.3
@@ -597,7 +597,7 @@ def treat(args):
 
     run = Run(args, model.source, sampler)
     # For combined_sample.py --prompts: also those that we do not use here.
-    (run.dir / "test_prompts.txt").write_text("\n".join(all_test_prompts) + "\n", encoding="utf-8")
+    write_atomically(run.dir / "test_prompts.txt", "\n".join(all_test_prompts) + "\n")
     print_settings(args, PAPER, params)
     # Drift is measured from the untreated model, so a checkpoint must not be loaded yet.
     first, untreated = held_out_confidence(run, model, detector, reward, test_prompts, step=0)

@@ -317,7 +317,7 @@ def write_atomically(path, text):
     if rank() > 0:
         return
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
