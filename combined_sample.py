@@ -54,8 +54,8 @@ from common import initial_latents, load_lora, load_model, make_scheduler, merge
 from common import sample, scheduler_step
 from data.images import open_image, to_tensor
 from data.prompts import condition, encode_once, read_prompts
-from run_folder import joined_processes, rank, readable_errors, save_grid, settings_for
-from run_folder import settings_parser, share, to_pil, wait_for_all, write_atomically
+from run_folder import is_main_process, joined_processes, own_part, readable_errors, save_grid
+from run_folder import settings_for, settings_parser, to_pil, wait_for_all, write_atomically
 
 # Defaults for images that no run's config.json describes. The base model's guidance is that of
 # diffusers' pipelines; the scheduler and its 40 steps are those of ImageReFL, section 5. The tuned
@@ -257,10 +257,13 @@ def sample_folder(model, prompts, args, out, base_steps=0):
         weights.append(tuned_weight(args.mode, i, num_steps, base_steps, args.aig_power))
 
     jobs = [(i, k) for i in range(len(prompts)) for k in range(args.num_images)]
-    # Under torchrun, each process makes its share of the images; alone, this process makes all.
-    own_jobs = share(jobs)
+    # Under torchrun, each process makes its part of the images; alone, this process makes all.
+    own_jobs = own_part(jobs)
     progress = tqdm(
-        total=len(own_jobs), desc=f"{out.name}, {args.mode}", unit="image", disable=rank() > 0
+        total=len(own_jobs),
+        desc=f"{out.name}, {args.mode}",
+        unit="image",
+        disable=not is_main_process(),
     )
     for first in range(0, len(own_jobs), args.batch_size):
         batch = own_jobs[first : first + args.batch_size]

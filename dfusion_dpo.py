@@ -85,9 +85,9 @@ from common import load_model, make_scheduler, make_trainable, pick_device, pred
 from data.items import read_items, token_span, write_items
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward
-from run_folder import Run, check_out, chosen_model, gather, held_out, joined_processes
-from run_folder import print_settings, rank, readable_errors, run_name, save_grid, score
-from run_folder import settings_for, settings_parser, share, sum_gradients, sum_processes
+from run_folder import Run, check_out, chosen_model, gather, held_out, is_main_process
+from run_folder import joined_processes, own_part, print_settings, readable_errors, run_name
+from run_folder import save_grid, score, settings_for, settings_parser, sum_gradients, sum_processes
 from run_folder import write_atomically
 
 NAME = "dfusion_dpo"  # names the run folder and the progress bar; change it in a fork
@@ -687,12 +687,12 @@ def sample_round(args, model, scheduler, reward, rows, plan, history, number):
     """Samples round `number` with the model's current weights, theta_old -> Pairs.
 
     history: {prompt: {round: rewards}}, which we add to. If a round is sampled again, it replaces
-    its own rewards. Under torchrun, each process samples its share of the round's prompts.
+    its own rewards. Under torchrun, each process samples its part of the round's prompts.
     """
     parts = []
     rewards = []
     row_indices = draw_prompts(args, rows, number)
-    for row_index in share(row_indices):
+    for row_index in own_part(row_indices):
         row = rows[row_index]
         prompt = row["prompt"]
 
@@ -899,14 +899,14 @@ def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
     return loss, log_prob.detach(), log_ratio.detach(), kl
 
 
-def share_of_steps(values, num_prompts):
+def own_pair_steps(values, num_prompts):
     """Values (N, ...) of all pair steps, prompt by prompt -> those of this process's prompts."""
-    return share(values.unflatten(0, (num_prompts, -1))).flatten(0, 1)
+    return own_part(values.unflatten(0, (num_prompts, -1))).flatten(0, 1)
 
 
 def gather_steps(values, num_prompts):
     """Values (n, ...) of this process's pair steps -> those of all processes (N, ...)."""
-    num_own_prompts = len(share(range(num_prompts)))
+    num_own_prompts = len(own_part(range(num_prompts)))
     return gather(values.unflatten(0, (num_own_prompts, -1)), num_prompts).flatten(0, 1)
 
 
@@ -980,7 +980,7 @@ def main(args):
         if not args.naive and any("thresholds" not in row for row in rows):
             picture = run.dir / "samples" / "thresholds.png"
             find_thresholds(args, model, scheduler, rows, plan, picture)
-            if rank() == 0:
+            if is_main_process():
                 write_items(run.dir / "prompts.json", rows, test_prompts)
             print(f"thresholds: {run.dir / 'prompts.json'}, and what they mark: {picture}")
             print("  If they miss the items, edit the file and start again with --prompts FILE")
@@ -1001,7 +1001,7 @@ def main(args):
     steps = range(run.start + 1, args.train_steps + 1)
     num_prompts = args.batch_size // args.images_per_prompt
     progress = tqdm(
-        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=rank() > 0
+        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=not is_main_process()
     )
     for step in progress:
         started = time.time()
@@ -1027,11 +1027,11 @@ def main(args):
             passes.clear()
 
         # Compute the loss of all pairs at their steps, one micro-batch at a time, half a and half
-        # b. Weight each micro-batch's mean by its share of the total. Under torchrun, each process
-        # takes the pairs that it has sampled.
+        # b. Weight each micro-batch's mean by its fraction of the total. Under torchrun, each
+        # process takes the pairs that it has sampled.
         num_pairs = num_prompts * args.images_per_prompt // 2
         pair_steps = draw_pair_steps(args, number, num_pairs, trained_steps)
-        own_steps = share_of_steps(pair_steps, num_prompts)
+        own_steps = own_pair_steps(pair_steps, num_prompts)
         own_steps = own_steps - torch.tensor([own_steps[0, 0], 0])
         total_loss = 0.0
         log_probs = []
@@ -1043,7 +1043,7 @@ def main(args):
             p, i = own_steps[part].T
             old = None
             if log_prob_old is not None:
-                old = share_of_steps(log_prob_old.T, num_prompts)[part].T.flatten().to(device)
+                old = own_pair_steps(log_prob_old.T, num_prompts)[part].T.flatten().to(device)
             loss, log_prob, log_ratio, kl = pair_loss(args, model, scheduler, pairs, p, i, old)
             loss = loss * len(p) / len(pair_steps)
             loss.backward()
@@ -1053,7 +1053,8 @@ def main(args):
             if kl is not None:
                 kls.append(kl.view(2, -1))
 
-        # With several processes, add up their gradients and collect what they log.
+        # With several processes, add up their gradients, and collect what they log. Every loss is
+        # divided by the number of all pair steps, so this is a sum, and not a mean as in DDP.
         sum_gradients(params)
         total_loss = sum_processes(total_loss)
         log_prob = gather_steps(torch.cat(log_probs, 1).T, num_prompts).T.cpu()

@@ -55,8 +55,8 @@ from data.labels import Labelled, overlay, read_labels
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, Detector, load_detector, load_reward
 from run_folder import Run, SettingsHelp, check_out, chosen_model, gather, held_out_images
-from run_folder import joined_processes, num_processes, print_settings, rank, readable_errors
-from run_folder import run_name, save_grid, score, settings_for, settings_parser, share
+from run_folder import is_main_process, joined_processes, num_processes, own_part, print_settings
+from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser
 from run_folder import sum_gradients, sum_processes, write_atomically
 
 NAME = "diffdoctor"  # names the run folder of `treat`; change it in a fork
@@ -614,11 +614,11 @@ def treat(args):
         for step in steps:
             draw = generator(args.seed, "data", step)
             picks = torch.randint(len(data), (args.batch_size,), generator=draw)
-            indices.append(share(picks.tolist()))
+            indices.append(own_part(picks.tolist()))
         workers = 4 if device.type == "cuda" else 0
         batches = image_batches(data, indices, workers)
     progress = tqdm(
-        steps, initial=run.start, total=args.train_steps, desc="treat", disable=rank() > 0
+        steps, initial=run.start, total=args.train_steps, desc="treat", disable=not is_main_process()
     )
     for step in progress:
         started = time.time()
@@ -627,15 +627,15 @@ def treat(args):
         if stop_reason(evaluations, args.patience, args.max_drift):
             break
 
-        # Draw the prompts. Under torchrun, each process takes its share of the images; alone, this
+        # Draw the prompts. Under torchrun, each process takes its part of the images; alone, this
         # process takes all of them.
         draw = generator(args.seed, "update", step)
         picks = torch.randint(len(train_prompts), (args.batch_size,), generator=draw)
-        prompts = [train_prompts[i] for i in share(picks)]
+        prompts = [train_prompts[i] for i in own_part(picks)]
 
         # Denoise pure noise up to the steps that carry the gradient, the whole batch at once.
-        numbers = share(range(args.batch_size))
-        noise_generators = [generator(args.seed, "train", step, i) for i in numbers]
+        indices = own_part(range(args.batch_size))
+        noise_generators = [generator(args.seed, "train", step, i) for i in indices]
         noise = initial_latents(model, noise_generators)
         cond, uncond = condition_both(model, prompts, args.guidance_scale)
         num_prefix_steps = args.num_inference_steps - args.grad_steps
@@ -649,13 +649,13 @@ def treat(args):
         if args.gamma:
             images, captions = next(batches)
             x0 = encode(model, images, args.micro_batch)
-            draws = [generator(args.seed, "offline", step, i) for i in numbers]
+            draws = [generator(args.seed, "offline", step, i) for i in indices]
             real_noise = initial_latents(model, draws)
             t_indices = [torch.randint(1000, (), generator=draw) for draw in draws]
             t = timesteps[torch.stack(t_indices)].to(device)
 
         # Do the last steps with gradients and lower the confidence, one micro-batch at a time.
-        # Weight each micro-batch's mean by its share of the batch.
+        # Weight each micro-batch's mean by its fraction of the batch.
         total_loss = 0.0
         maps = []
         total_offline_loss = torch.zeros((), device=device)
@@ -684,7 +684,8 @@ def treat(args):
                 total_loss += loss.detach()
                 total_offline_loss += offline.detach() * len(confidence) / args.batch_size
 
-        # With several processes, add up their gradients and collect what they log.
+        # With several processes, add up their gradients, and collect what they log. Every loss is
+        # divided by the size of the whole batch, so this is a sum, and not a mean as in DDP.
         sum_gradients(params)
         total_loss = sum_processes(total_loss)
         total_offline_loss = sum_processes(total_offline_loss)

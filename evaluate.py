@@ -70,8 +70,8 @@ from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
 from rewards import MPS, UNREADABLE, PickScore, build_reward, explain, find_file, load_complete
 from rewards import load_detector
-from run_folder import gather, generate_batches, joined_processes, rank, readable_errors
-from run_folder import settings_parser, share, to_pil, wait_for_all, write_atomically
+from run_folder import gather, generate_batches, is_main_process, joined_processes, own_part
+from run_folder import readable_errors, settings_parser, to_pil, wait_for_all, write_atomically
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
@@ -510,10 +510,11 @@ def write_cache(path, features, key):
 def compute_features(network, name, folder, rows, device, batch_size):
     """A network's values (N, ...) for all images of a folder, on the CPU."""
     parts = []
-    # Under torchrun, each process takes its share of the images; alone, this process takes all.
-    own_rows = share(rows)
+    # Under torchrun, each process takes its part of the images; alone, this process takes all.
+    own_rows = own_part(rows)
     label = f"{name} of {folder}"
-    with tqdm(total=len(own_rows), desc=label, unit="image", disable=rank() > 0) as progress:
+    is_quiet = not is_main_process()
+    with tqdm(total=len(own_rows), desc=label, unit="image", disable=is_quiet) as progress:
         for images, rows_in_batch in read_batches(folder, own_rows, batch_size):
             prompts = [row["text"] for row in rows_in_batch]
             parts.append(network(images.to(device), prompts).float().cpu())
@@ -540,7 +541,7 @@ def features_of(folders, names, sources, device, batch_size):
                 if network is None:
                     network = load_network(name, sources[name], device)
                 features = compute_features(network, name, folder, rows, device, batch_size)
-                if rank() == 0:
+                if is_main_process():
                     write_cache(cache, features, key)
             table[folder, name] = features
     return table
@@ -721,7 +722,7 @@ def load_snapshot(model, folder, lora_rank):
 def sample_folder(model, prompts, sampler, num_images, out, settings):
     """Samples a folder of images, all or nothing. settings.json records how."""
     temporary = out.with_name(out.name + ".tmp")
-    if rank() == 0:
+    if is_main_process():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     wait_for_all()
@@ -730,17 +731,17 @@ def sample_folder(model, prompts, sampler, num_images, out, settings):
     for i, prompt in enumerate(prompts):
         for k in range(num_images):
             rows.append(dict(file_name=f"{i:05d}_{k:02d}.png", text=prompt, prompt_id=i, seed=0))
-    # generate_batches makes this process's share of the images, in the same order.
-    own_rows = iter(share(rows))
-    total = len(share(rows))
-    with tqdm(total=total, desc=f"{out}", unit="image", disable=rank() > 0) as progress:
+    # generate_batches makes this process's part of the images, in the same order.
+    own_rows = iter(own_part(rows))
+    total = len(own_part(rows))
+    with tqdm(total=total, desc=f"{out}", unit="image", disable=not is_main_process()) as progress:
         for images in generate_batches(model, prompts, 0, sampler, num_images, micro_batch=4):
             for image in images:
                 to_pil(image).save(temporary / next(own_rows)["file_name"])
             progress.update(len(images))
     wait_for_all()
 
-    if rank() == 0:
+    if is_main_process():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (temporary / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
         (temporary / "settings.json").write_text(settings)
@@ -989,7 +990,7 @@ def main(args):
         detector=args.detector if "detector" in networks else None,
     )
     report(results, folders, shown)
-    if args.plot and rank() == 0:
+    if args.plot and is_main_process():
         plot(results, args.plot, steps)
     if args.out:
         first = next(iter(folders))

@@ -58,9 +58,9 @@ from common import load_model, make_scheduler, make_trainable, merged, pick_devi
 from common import scheduler_step
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, Detector, PickScore, load_detector, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, gather, held_out, joined_processes
-from run_folder import print_settings, rank, readable_errors, run_name, save_grid, score
-from run_folder import settings_for, settings_parser, share, sum_gradients, sum_processes
+from run_folder import Run, check_out, chosen_model, gather, held_out, is_main_process
+from run_folder import joined_processes, own_part, print_settings, readable_errors, run_name
+from run_folder import save_grid, score, settings_for, settings_parser, sum_gradients, sum_processes
 
 NAME = "focus_n_fix"  # names the run folder and the progress bar; change it in a fork
 PAPER = {  # second-hand: from summaries by others, not from the abstract. SD 1.4 is its main model
@@ -374,12 +374,12 @@ class Pool:
 
     def fill(self, num_pairs, batch_size):
         """Makes I0 and M for the first pairs. Call it once, before the first batch."""
-        # Under torchrun, each process makes its share of them, and all get all.
-        own_pairs = share(range(num_pairs))
+        # Under torchrun, each process makes its part of them, and all get all.
+        own_pairs = own_part(range(num_pairs))
         bases = []
         masks = []
         batches = range(0, len(own_pairs), batch_size)
-        for first in tqdm(batches, desc="I0 and M of the pool", disable=rank() > 0):
+        for first in tqdm(batches, desc="I0 and M of the pool", disable=not is_main_process()):
             pairs = own_pairs[first : first + batch_size]
             base, mask = self.make_base(self.draw_noise(pairs), self.draw_prompts(pairs))
             bases.append(base)
@@ -474,7 +474,7 @@ def compare(run, model, scheduler, num_prefix_steps, pairs, reward, spread, step
     def sample_pairs(prefix, tail):
         images = sample_in_two(
             model, scheduler, args.guidance_scale, num_prefix_steps, args.micro_batch,
-            share(pairs.noise), share(pairs.prompts), prefix, tail,
+            own_part(pairs.noise), own_part(pairs.prompts), prefix, tail,
         )
         return gather(images, len(pairs.prompts))
 
@@ -571,15 +571,15 @@ def main(args):
 
     steps = range(run.start + 1, args.train_steps + 1)
     progress = tqdm(
-        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=rank() > 0
+        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=not is_main_process()
     )
     for step in progress:
         started = time.time()
 
         # Take the next pairs in turn, with what the base model makes of them. Under torchrun, each
-        # process takes its share of the pairs; alone, this process takes all of them.
+        # process takes its part of the pairs; alone, this process takes all of them.
         first = (step - 1) * args.batch_size
-        prompts, noise, base, mask = pool.batch(share(range(first, first + args.batch_size)))
+        prompts, noise, base, mask = pool.batch(own_part(range(first, first + args.batch_size)))
 
         # Denoise the same noise up to the last K steps, the whole batch at once and without
         # gradients: with the tuned model, as in DRaFT, or with the base model.
@@ -592,7 +592,7 @@ def main(args):
             )
 
         # Take the last steps with gradients, raise the reward and hold the rest of the image, one
-        # micro-batch at a time. Weight each micro-batch's mean by its share of the batch.
+        # micro-batch at a time. Weight each micro-batch's mean by its fraction of the batch.
         total_loss = 0.0
         rewards = []
         rewards_of_base = []
@@ -623,7 +623,8 @@ def main(args):
             for t, noise_pred in zip(last_timesteps, noise_preds):
                 squared_grads[t] += noise_pred.grad.square().sum()
 
-        # With several processes, add up their gradients and collect what they log.
+        # With several processes, add up their gradients, and collect what they log. Every loss is
+        # divided by the size of the whole batch, so this is a sum, and not a mean as in DDP.
         sum_gradients(params)
         total_loss = sum_processes(total_loss)
         rewards = gather(torch.cat(rewards), args.batch_size)

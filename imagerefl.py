@@ -32,7 +32,7 @@ The tuned model is meant to take over from the base model for the last steps: se
 combined_sample.py --mode combined. The held-out reward and the samples come from the tuned model
 alone, in all steps. The paper does not cover FLUX, and neither does this script.
 
-  $ python imagerefl.py                                   # the toy world: minutes on two CPU cores
+  $ python imagerefl.py                                   # the toy world: a minute on two CPU cores
   $ python imagerefl.py --model sdxl --reward hps         # one CUDA GPU; COCO's images and captions
   $ python combined_sample.py --lora runs/imagerefl-toy-toy_pref --mode combined --base_steps 15 \\
         --out images
@@ -51,9 +51,9 @@ from common import pick_device, predict_x0, sample
 from data.images import image_batches, image_data
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, gather, held_out, joined_processes
-from run_folder import print_settings, rank, readable_errors, run_name, settings_for
-from run_folder import settings_parser, share, sum_gradients, sum_processes
+from run_folder import Run, check_out, chosen_model, gather, held_out, is_main_process
+from run_folder import joined_processes, own_part, print_settings, readable_errors, run_name
+from run_folder import settings_for, settings_parser, sum_gradients, sum_processes
 
 NAME = "imagerefl"  # names the run folder and the progress bar; change it in a fork
 # From section 5; start and mid are from the code. The paper's 40 "epochs" are 4000 updates if one
@@ -210,26 +210,26 @@ def main(args):
         if not is_refl_update(step, args.refl_every):
             draw = generator(args.seed, "data", step)
             picks = torch.randint(len(data), (args.batch_size,), generator=draw)
-            picks_of_images.append(share(picks.tolist()))
+            picks_of_images.append(own_part(picks.tolist()))
     num_workers = 4 if device.type == "cuda" else 0
     batches = image_batches(data, picks_of_images, num_workers)
 
     progress = tqdm(
-        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=rank() > 0
+        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=not is_main_process()
     )
     for step in progress:
         started = time.time()
 
         # Draw the prompts, and the sampling step that will carry the gradient. Under torchrun, each
-        # process takes its share of the images; alone, this process takes all of them.
+        # process takes its part of the images; alone, this process takes all of them.
         draw = generator(args.seed, "update", step)
         picks = torch.randint(len(train_prompts), (args.batch_size,), generator=draw)
-        prompts = [train_prompts[i] for i in share(picks)]
+        prompts = [train_prompts[i] for i in own_part(picks)]
         mid = torch.randint(args.first_mid, args.last_mid + 1, (), generator=draw).item()
         t_mid = scheduler.timesteps[mid]
 
-        numbers = share(range(args.batch_size))
-        noise_generators = [generator(args.seed, "train", step, i) for i in numbers]
+        indices = own_part(range(args.batch_size))
+        noise_generators = [generator(args.seed, "train", step, i) for i in indices]
         noise = initial_latents(model, noise_generators)
         from_images = not is_refl_update(step, args.refl_every)
         if from_images:
@@ -253,7 +253,7 @@ def main(args):
             latents = sample(model, scheduler, start, cond, start_step, mid, noise_generators)
 
         # Predict the clean images from there and raise their reward, one micro-batch at a time.
-        # Weight each micro-batch's mean by its share of the batch.
+        # Weight each micro-batch's mean by its fraction of the batch.
         total_loss = 0.0
         rewards = []
         weighted_mses = []
@@ -276,7 +276,8 @@ def main(args):
                 total_loss += loss.detach()
                 weighted_mses.append(mse.detach() * len(r))
 
-        # With several processes, add up their gradients and collect what they log.
+        # With several processes, add up their gradients, and collect what they log. Every loss is
+        # divided by the size of the whole batch, so this is a sum, and not a mean as in DDP.
         sum_gradients(params)
         total_loss = sum_processes(total_loss)
         rewards = gather(torch.cat(rewards), args.batch_size)

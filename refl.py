@@ -5,7 +5,7 @@ step with gradients. The decoder and the reward are differentiable, so the denoi
 raise the reward of that image.
 
   mid     ~ {first_mid .. last_mid}                     one of the last steps, drawn once per update
-  latents = sample(x_T, steps 0 .. mid - 1)             no gradient, no guidance
+  latents = sample(x_T, steps 0 .. mid - 1)             from pure noise x_T; no gradient
   x0      = predict_x0(denoise(latents, t_mid), t_mid)  the one denoiser call with gradients
   r       = reward(decode(x0), prompt)                  through the frozen VAE and reward
   loss    = -reward_scale * r'                          r' = (r - shift) / scale (rewards.py); or
@@ -22,13 +22,14 @@ Differences from ImageReFL's code (we follow its version of ReFL and its setting
 2. Adam's eps is 1e-15. With the loss scaled by 1e-3, gradients can approach or fall below the usual
    eps of 1e-8, which silently shrinks the learning rate. Check that grad_rms in the log stays well
    above eps.
-3. We take one optimizer step per update. The released code takes two, the first before undoing
-   the gradient scaling, so its weights move sqrt(2) times as far. To match, multiply --lr by 1.4.
+3. We take one optimizer step per update. The released code takes two with the same gradient, the
+   first before undoing the gradient scaling. The scaled one dominates Adam's moments: each step
+   becomes 1/sqrt(2) as long, and the two together sqrt(2) times. To match, multiply --lr by 1.4.
 4. We train a LoRA by default. It fits on one GPU, and the base model is the same network with the
    LoRA switched off. --lora_rank 0 fine-tunes the whole denoiser, as the papers do.
 From ImageReward's own ReFL (lr 1e-5, batch 64, 100 updates) we take only the hinge loss.
 
-  $ python refl.py                                        # the toy world: minutes on two CPU cores
+  $ python refl.py                                        # the toy world: a minute on two CPU cores
   $ python refl.py --model sdxl --reward hps              # one CUDA GPU; COCO's captions as prompts
   $ python combined_sample.py --lora runs/refl-toy-toy_pref --mode tuned --out images
 """
@@ -43,9 +44,9 @@ from common import TOY, decode, denoise, generator, initial_latents, load_model,
 from common import make_trainable, merged, pick_device, predict_x0, sample
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARDS, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, gather, held_out, joined_processes
-from run_folder import print_settings, rank, readable_errors, run_name, settings_for
-from run_folder import settings_parser, share, sum_gradients, sum_processes
+from run_folder import Run, check_out, chosen_model, gather, held_out, is_main_process
+from run_folder import joined_processes, own_part, print_settings, readable_errors, run_name
+from run_folder import settings_for, settings_parser, sum_gradients, sum_processes
 
 NAME = "refl"  # names the run folder and the progress bar; change it in a fork
 # From ImageReFL's section 5 and its code, where ReFL runs 20 "epochs" of 100 updates. lora_rank 0,
@@ -198,31 +199,31 @@ def main(args):
 
     steps = range(run.start + 1, args.train_steps + 1)
     progress = tqdm(
-        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=rank() > 0
+        steps, initial=run.start, total=args.train_steps, desc=NAME, disable=not is_main_process()
     )
     for step in progress:
         started = time.time()
 
         # Draw the prompts, and the sampling step that will carry the gradient. Under torchrun, each
-        # process takes its share of the images; alone, this process takes all of them.
+        # process takes its part of the images; alone, this process takes all of them.
         draw = generator(args.seed, "update", step)
         picks = torch.randint(len(train_prompts), (args.batch_size,), generator=draw)
-        prompts = [train_prompts[i] for i in share(picks)]
+        prompts = [train_prompts[i] for i in own_part(picks)]
         mid = torch.randint(args.first_mid, args.last_mid + 1, (), generator=draw).item()
         t_mid = scheduler.timesteps[mid]
 
         # Denoise pure noise up to that step, the whole batch at once and without gradients. Each
-        # image's generator also supplies its step noise. In this block the LoRA is folded into the
-        # weights, which is faster.
-        numbers = share(range(args.batch_size))
-        noise_generators = [generator(args.seed, "train", step, i) for i in numbers]
+        # image has a generator of its own, by its index in the batch, which also supplies its step
+        # noise. Inside `merged`, the LoRA is folded into the weights, which is faster.
+        indices = own_part(range(args.batch_size))
+        noise_generators = [generator(args.seed, "train", step, i) for i in indices]
         noise = initial_latents(model, noise_generators)
         cond = condition(model, prompts)
         with merged(model):
             latents = sample(model, scheduler, noise, cond, 0, mid, noise_generators)
 
         # Predict the clean images from there and raise their reward, one micro-batch at a time.
-        # Weight each micro-batch's mean by its share of the batch.
+        # Weight each micro-batch's mean by its fraction of the batch.
         total_loss = 0.0
         rewards = []
         for i in range(0, len(prompts), args.micro_batch):
@@ -238,7 +239,8 @@ def main(args):
             total_loss += loss.detach()
             rewards.append(r.detach())
 
-        # With several processes, add up their gradients and collect what they log.
+        # With several processes, add up their gradients, and collect what they log. Every loss is
+        # divided by the size of the whole batch, so this is a sum, and not a mean as in DDP.
         sum_gradients(params)
         total_loss = sum_processes(total_loss)
         rewards = gather(torch.cat(rewards), args.batch_size)

@@ -10,8 +10,9 @@ A run folder is started once and then resumed as often as needed. A killed run l
 updates since its last checkpoint, and the files of a resumed run are the same, byte for byte, as
 those of a run that was never stopped.
 
-Under torchrun, several processes with a GPU each share out the images of an update. The numbers do
-not depend on how many there are, except for the last digits, which depend on the order of sums.
+Under torchrun, several processes with a GPU each divide the images of an update among themselves.
+The numbers do not depend on how many there are, except for the last digits, which depend on the
+order of sums.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def readable_errors(args):
 def joined_processes(args):
     """Inside this context, the processes that torchrun started work together.
 
-    Process 0 writes all files and prints. Without torchrun, this does nothing.
+    The main process writes all files and prints. Without torchrun, this does nothing.
     """
     if "WORLD_SIZE" not in os.environ:
         yield
@@ -162,39 +163,47 @@ def joined_processes(args):
         torch.cuda.set_device(device)
     # By default, CUDA tensors travel by NCCL and CPU tensors by gloo.
     dist.init_process_group()
-    # No process may create the run's folder while another still checks that there is none.
+    # parse_args has checked that --out is free. Wait until every process has done so, before one
+    # of them creates the folder.
     wait_for_all()
-    if rank() > 0:
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")
     yield
+    # After an error we do not get here: the process exits, and torchrun ends the others.
     dist.destroy_process_group()
-
-
-def rank():
-    """The number of this process: 0 .. num_processes() - 1."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def num_processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(items):
+def process_number():
+    """0 .. num_processes() - 1. The main process has number 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main_process():
+    return process_number() == 0
+
+
+def own_part(items):
     """This process's part of a list, range or tensor. Without torchrun, that is all of it."""
     total = len(items)
     if total < num_processes():
-        sys.exit(f"{num_processes()} processes cannot share out {total} images; start fewer")
-    first = total * rank() // num_processes()
-    last = total * (rank() + 1) // num_processes()
+        sys.exit(f"{num_processes()} processes, but only {total} images or prompts: start fewer")
+    first = total * process_number() // num_processes()
+    last = total * (process_number() + 1) // num_processes()
     return items[first:last]
 
 
 def gather(rows, total):
-    """The rows (n, ...) of this process's share -> those of all processes (total, ...)."""
+    """The rows (n, ...) of this process's part -> those of all processes (total, ...)."""
     if num_processes() == 1:
         return rows
+    # Every process fills its own rows of a tensor of zeros, and the sum has them all. Unlike with
+    # all_gather, the parts may differ in length. own_part is a view, so copy_ writes into it.
     everything = rows.new_zeros(total, *rows.shape[1:])
-    share(everything).copy_(rows)
+    own_part(everything).copy_(rows)
     return sum_processes(everything)
 
 
@@ -204,6 +213,7 @@ def sum_processes(tensor):
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
+            # An OSError, of which readable_errors prints one line.
             raise ConnectionError("another process of this run has ended") from error
     return tensor
 
@@ -219,7 +229,7 @@ def sum_gradients(params):
 
 
 def wait_for_all():
-    """Returns once all processes are here."""
+    """Returns once all processes are here, or raises an error if one has ended."""
     sum_processes(torch.zeros(1))
 
 
@@ -235,7 +245,7 @@ def to_pil(image):
 
 def save_grid(images, path, columns):
     """Images (N, 3, H, W) in [0, 1] -> one PNG, row by row. Small images are enlarged."""
-    if rank() > 0:
+    if not is_main_process():
         return
     zoom = max(1, 128 // images.shape[-1])
     images = F.interpolate(images.detach(), scale_factor=zoom, mode="nearest")
@@ -255,8 +265,8 @@ def generate_batches(
     scheduler = make_scheduler(model, sampler["scheduler"], sampler["num_inference_steps"])
     guidance_scale = sampler["guidance_scale"]
     base_steps = sampler.get("base_steps", 0)
-    # Under torchrun, each process makes its share of the images.
-    jobs = share([(i, k) for i in range(len(prompts)) for k in range(num_images)])
+    # Under torchrun, each process makes its part of the images.
+    jobs = own_part([(i, k) for i in range(len(prompts)) for k in range(num_images)])
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         generators = [generator(seed, purpose, i, k) for i, k in batch]
@@ -314,7 +324,7 @@ def held_out(run, model, reward, prompts, step, num_images=2):
 
 def write_atomically(path, text):
     """Writes a file so that readers see all of it or the old one, even after kill -9."""
-    if rank() > 0:
+    if not is_main_process():
         return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -395,7 +405,7 @@ class Run:
                 value = float(f"{value:.8g}")
             if value is not None:
                 row[name] = value
-        if rank() > 0:
+        if not is_main_process():
             return
         with open(self.dir / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -406,12 +416,12 @@ class Run:
         message = f"update {step}: NaN or Inf in its gradient or reward, skipped"
         if self.skipped[-5:] == list(range(step - 4, step + 1)):
             sys.exit(f"{message}. This is the fifth in a row; lower --lr")
-        if rank() == 0:
+        if is_main_process():
             tqdm.write(f"{message} ({len(self.skipped) - 1} skipped before)", file=sys.stderr)
 
     def save(self, step, model, params, optimizer, **more):
         """Writes the user's weights, a snapshot of them, and the checkpoint with `more`."""
-        if rank() == 0:
+        if is_main_process():
             self.write_checkpoint(step, model, params, optimizer, more)
         wait_for_all()
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 from conftest import run_script
 
-from run_folder import joined_processes, rank
+from run_folder import is_main_process, joined_processes
 
 
 def main(path):
@@ -22,7 +22,7 @@ def main(path):
     with joined_processes(SimpleNamespace(device="cpu")):
         for name, words in json.loads(path.read_text()):
             statuses.append(run_script(importlib.import_module(name), *words))
-        if rank() == 0:
+        if is_main_process():
             path.with_suffix(".done.json").write_text(json.dumps(statuses))
 
 

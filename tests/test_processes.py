@@ -159,17 +159,17 @@ def test_more_processes_than_images_are_refused(monkeypatch):
     import run_folder
 
     monkeypatch.setattr(run_folder, "num_processes", lambda: 3)
-    with pytest.raises(SystemExit, match="3 processes cannot share out 2 images"):
-        run_folder.share([0, 1])
+    with pytest.raises(SystemExit, match="3 processes, but only 2 images"):
+        run_folder.own_part([0, 1])
 
 
 @pytest.mark.parametrize("total", (3, 7, 8))
-def test_shares_are_disjoint_and_complete(monkeypatch, total):
+def test_parts_are_disjoint_and_complete(monkeypatch, total):
     import run_folder
 
     monkeypatch.setattr(run_folder, "num_processes", lambda: 3)
     everything = []
     for number in range(3):
-        monkeypatch.setattr(run_folder, "rank", lambda number=number: number)
-        everything += run_folder.share(list(range(total)))
+        monkeypatch.setattr(run_folder, "process_number", lambda number=number: number)
+        everything += run_folder.own_part(list(range(total)))
     assert everything == list(range(total))
