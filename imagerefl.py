@@ -245,9 +245,9 @@ def main(args):
             start = noise
             start_step = 0
 
-        # Denoise up to step mid, the whole batch at once and without gradients. Each image's
-        # generator also supplies its step noise. In this block the LoRA is folded into the weights,
-        # which is faster.
+        # Denoise up to step mid, the whole batch at once and without gradients. Each image
+        # has a generator of its own, by its index in the batch, which also supplies its step noise.
+        # Inside `merged`, the LoRA is folded into the weights, which is faster.
         cond = condition(model, prompts)
         with merged(model):
             latents = sample(model, scheduler, start, cond, start_step, mid, noise_generators)
