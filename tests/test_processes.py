@@ -45,9 +45,10 @@ def runs(world, tmp_path_factory):
     for name in TRAINING:
         module, words = training_commands(world)[name]
         if name == "dfusion_dpo":
-            # Each pair trains on steps of its own, so that a mix-up of pairs shows.
+            # Each pair trains on steps of its own, and DDPO needs the rewards of earlier rounds,
+            # when a prompt was the other process's turn.
             words = [*words, "--prompts", root / "items.json", "--batch_size", 8]
-            words += ["--train_timesteps", 2]
+            words += ["--train_timesteps", 2, "--algo", "ddpo"]
         else:
             words = [*words, "--test_prompts", root / "two_prompts.txt"]
         assert run_script(module, *words, "--out", root / "one" / name) == 0

@@ -39,7 +39,7 @@ LR = {"fused": 1e-3, "naive": 1e-3}  # chosen on training prompts: see the first
 CHOICE_UPDATES = 9
 UPDATES = 16
 SAVE_EVERY = 12
-SEEDS = {"dpo": (1, 2, 3), "ddpo": (1,), "dpok": (1,), "inversion": (1,)}
+SEEDS = {"dpo": (1, 2, 3), "ddpo": (1, 2, 3), "dpok": (1, 2), "inversion": (1,)}
 # After 12 updates, a fused run has as many images through the U-Net as a naive one after 16.
 SNAPSHOTS = (12, 16)
 NUM_IMAGES = 4  # per unseen prompt
