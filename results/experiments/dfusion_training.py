@@ -4,8 +4,8 @@ And section 4.4's ablation: what if the trajectories come from DDIM inversion?
 
 Runs     first 4 of dfusion_dpo.py to choose DPO's learning rate on training prompts: fused and
          naive, 3e-4 and 1e-3, seed 0, 9 updates. Then, with fresh seeds, 16 updates, which are 8
-         rounds of 64 images: DPO fused and naive with three seeds; DDPO and DPOK, fused and naive,
-         and fused DPO with inverted trajectories, with one seed each. Then 4 images of each of 40
+         rounds of 64 images: DPO and DDPO, fused and naive, with three seeds; DPOK with two; and
+         fused DPO with inverted trajectories with one. Then 4 images of each of 40
          unseen prompts after 12 and 16 updates, and of the base model, with new image seeds.
 Prints   what the learning rates score in their last two rounds; a table of the change from the
          base model; and fused minus naive for each seed, at equal images and at equal passes.
