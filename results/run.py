@@ -5,7 +5,7 @@ experiments/NAME.py says what question NAME asks, what it runs, and how long tha
 
   $ OMP_NUM_THREADS=1 python results/run.py refl --jobs 2           # 3 runs and their images
   $ OMP_NUM_THREADS=1 python results/run.py imagerefl --jobs 2      # 7 more runs; it uses refl's
-  $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 13 short runs
+  $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 17 short runs
   $ OMP_NUM_THREADS=1 python results/run.py dfusion --jobs 2        # pairs, gradients, 21 runs
   $ OMP_NUM_THREADS=1 python results/run.py diffdoctor              # 13 detectors, 22 treatments
   $ OMP_NUM_THREADS=1 python results/run.py dreambooth              # 2 LoRAs, each treated
