@@ -1028,11 +1028,14 @@ def main(args):
 
         # Compute the loss of all pairs at their steps, one micro-batch at a time, half a and half
         # b. Weight each micro-batch's mean by its fraction of the total. Under torchrun, each
-        # process takes the pairs that it has sampled.
+        # process takes the pairs that it has sampled, and counts them from 0.
         num_pairs = num_prompts * args.images_per_prompt // 2
         pair_steps = draw_pair_steps(args, number, num_pairs, trained_steps)
         own_steps = own_pair_steps(pair_steps, num_prompts)
         own_steps = own_steps - torch.tensor([own_steps[0, 0], 0])
+        own_log_prob_old = None
+        if log_prob_old is not None:
+            own_log_prob_old = own_pair_steps(log_prob_old.T, num_prompts)
         total_loss = 0.0
         log_probs = []
         log_ratios = []
@@ -1043,7 +1046,7 @@ def main(args):
             p, i = own_steps[part].T
             old = None
             if log_prob_old is not None:
-                old = own_pair_steps(log_prob_old.T, num_prompts)[part].T.flatten().to(device)
+                old = own_log_prob_old[part].T.flatten().to(device)
             loss, log_prob, log_ratio, kl = pair_loss(args, model, scheduler, pairs, p, i, old)
             loss = loss * len(p) / len(pair_steps)
             loss.backward()

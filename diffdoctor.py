@@ -28,7 +28,7 @@ Differences from the paper, whose authors released only the second half:
 results/differences.md lists the release's other settings.
 
   $ python diffdoctor.py treat                       # the toy world: minutes on two CPU cores
-  $ python diffdoctor.py treat --model flux-schnell --detector ad_pytorch_model.bin --gamma 0 \
+  $ python diffdoctor.py treat --model flux-schnell --detector ad_pytorch_model.bin --gamma 0 \\
         --prompts humans_3000.txt --test_prompts humans_100.txt
   $ python diffdoctor.py detector --data labeled pseudo --real toy/images --out runs/detector
 
@@ -617,8 +617,9 @@ def treat(args):
             indices.append(own_part(picks.tolist()))
         workers = 4 if device.type == "cuda" else 0
         batches = image_batches(data, indices, workers)
+    is_quiet = not is_main_process()
     progress = tqdm(
-        steps, initial=run.start, total=args.train_steps, desc="treat", disable=not is_main_process()
+        steps, initial=run.start, total=args.train_steps, desc="treat", disable=is_quiet
     )
     for step in progress:
         started = time.time()

@@ -358,55 +358,52 @@ def sample_in_two(
 
 
 class Pool:
-    """The pairs (prompt, x_T) of a run, with I0 and M of each. They depend on (seed, pair) alone.
+    """The pairs (prompt, x_T) of a run, with I0, M and r(I0). They depend on (seed, pair) alone.
 
     make_base: (noise, prompts) -> I0, M. size: pair k + size repeats pair k; 0 means no repeats.
     """
 
-    def __init__(self, model, prompts, seed, size, make_base):
+    def __init__(self, model, prompts, seed, size, make_base, reward):
         self.model = model
         self.prompts = prompts
         self.seed = seed
         self.size = size
         self.make_base = make_base
-        self.base = None  # I0 of each pair, on the CPU
-        self.mask = None  # M of each pair, on the CPU
+        self.reward = reward
+        # Of the first pairs, on the CPU:
+        self.base = None  # I0
+        self.mask = None  # M
+        self.base_reward = None  # r(I0)
 
     def fill(self, num_pairs, batch_size):
-        """Makes I0 and M for the first pairs. Call it once, before the first batch."""
+        """Makes I0, M and r(I0) of the first pairs. Call it once, before the first batch."""
         # Under torchrun, each process makes its part of them, and all get all.
         own_pairs = own_part(range(num_pairs))
-        bases = []
-        masks = []
+        parts = []
         batches = range(0, len(own_pairs), batch_size)
         for first in tqdm(batches, desc="I0 and M of the pool", disable=not is_main_process()):
             pairs = own_pairs[first : first + batch_size]
-            base, mask = self.make_base(self.draw_noise(pairs), self.draw_prompts(pairs))
-            bases.append(base)
-            masks.append(mask)
-        self.base = gather(torch.cat(bases), num_pairs)
-        self.mask = gather(torch.cat(masks), num_pairs)
+            parts.append(self.make(self.draw_noise(pairs), self.draw_prompts(pairs)))
+        self.base, self.mask, self.base_reward = (
+            gather(torch.cat(part), num_pairs) for part in zip(*parts)
+        )
+
+    def make(self, noise, prompts):
+        """x_T and prompts -> I0, M and r(I0), on the CPU."""
+        base, mask = self.make_base(noise, prompts)
+        return base, mask, score(self.reward, base.to(self.model.device), prompts)
 
     def batch(self, pairs):
-        """Numbers of pairs -> their prompts, and on the device x_T, I0 and M."""
+        """Numbers of pairs -> their prompts, and on the device x_T, I0, M and r(I0)."""
         if self.size:
             pairs = [pair % self.size for pair in pairs]
         prompts = self.draw_prompts(pairs)
         noise = self.draw_noise(pairs)
         if self.size:
-            base = self.base[pairs]
-            mask = self.mask[pairs]
+            made = (self.base[pairs], self.mask[pairs], self.base_reward[pairs])
         else:
-            base, mask = self.make_base(noise, prompts)
-        return prompts, noise, base.to(self.model.device), mask.to(self.model.device)
-
-    def base_rewards(self, reward, num_pairs, batch_size):
-        """The rewards (num_pairs,) of I0 of the first pairs, from which r' gets its unit."""
-        rewards = []
-        for first in range(0, num_pairs, batch_size):
-            prompts, _, base, _ = self.batch(range(first, min(first + batch_size, num_pairs)))
-            rewards.append(score(reward, base, prompts))
-        return torch.cat(rewards)
+            made = self.make(noise, prompts)
+        return prompts, noise, *(part.to(self.model.device) for part in made)
 
     def draw_prompts(self, pairs):
         prompts = []
@@ -460,6 +457,7 @@ class TestPairs:
     noise: torch.Tensor  # x_T: (N, C, h, w)
     base: torch.Tensor  # I0: (N, 3, H, W) on the CPU
     mask: torch.Tensor  # M: (N, 1, H, W) on the CPU
+    base_reward: torch.Tensor  # r(I0): (N,) on the CPU
 
 
 def compare(run, model, scheduler, num_prefix_steps, pairs, reward, spread, step):
@@ -478,25 +476,27 @@ def compare(run, model, scheduler, num_prefix_steps, pairs, reward, spread, step
         )
         return gather(images, len(pairs.prompts))
 
-    def objective(images):
-        r = score(reward, images.to(model.device), pairs.prompts) / spread
-        return -focus_loss(images, base, mask, r, args.beta, args.raw_norm).item()
-
     images = sample_pairs(args.prefix, "tuned")
     columns = [base, mask.expand_as(base), images, 3 * (images - base).abs()]
     pictures = torch.stack([column[:SHOWN] for column in columns], 1).flatten(0, 1)
     save_grid(pictures, run.dir / "samples" / f"region_{step:06d}.png", columns=len(columns))
 
-    # Let the base model take the last K steps, or all the others, to see who changes the image.
-    only_prefix = sample_pairs(args.prefix, "base")
-    only_tail = sample_pairs("base", "tuned")
-    return dict(
-        test_objective=objective(images) - objective(base),
+    # The objective, minus what the base model's own images get.
+    reward_after = score(reward, images.to(model.device), pairs.prompts)
+    gain = (reward_after - pairs.base_reward) / spread
+    objective = -focus_loss(images, base, mask, gain, args.beta, args.raw_norm)
+    stats = dict(
+        test_objective=objective.item(),
         test_outside=change(images, base, 1 - mask).mean().item(),
         test_inside=change(images, base, mask).mean().item(),
-        test_outside_prefix=change(only_prefix, base, 1 - mask).mean().item(),
-        test_outside_tail=change(only_tail, base, 1 - mask).mean().item(),
     )
+    # Let the base model take the last K steps, or all the others, to see who changes the image.
+    if args.prefix == "tuned":
+        only_prefix = sample_pairs("tuned", "base")
+        only_tail = sample_pairs("base", "tuned")
+        stats["test_outside_prefix"] = change(only_prefix, base, 1 - mask).mean().item()
+        stats["test_outside_tail"] = change(only_tail, base, 1 - mask).mean().item()
+    return stats
 
 
 def main(args):
@@ -531,18 +531,20 @@ def main(args):
     noise_generators = [generator(args.seed, "held-out", i, 0) for i in range(len(test_prompts))]
     test_noise = initial_latents(model, noise_generators)
     test_base, test_mask = make_base(test_noise, test_prompts)
-    test_pairs = TestPairs(test_prompts, test_noise, test_base, test_mask)
+    test_reward = score(reward, test_base.to(device), test_prompts)
+    test_pairs = TestPairs(test_prompts, test_noise, test_base, test_mask, test_reward)
 
     run = Run(args, model.source, sampler)
     print_settings(args, PAPER, params)
     run.resume(params, optimizer)
 
-    # Make I0 and M for the pool once. A short run does not need all of it.
-    pool = Pool(model, train_prompts, args.seed, args.pool, make_base)
+    # Make I0 and M for the pool once. A short run does not need all of it, but the reward's unit
+    # needs some pairs in any case.
+    pool = Pool(model, train_prompts, args.seed, args.pool, make_base, reward)
     spread_pairs = min(SPREAD_PAIRS, args.pool or SPREAD_PAIRS)
+    num_pairs = min(args.pool, args.train_steps * args.batch_size)
+    pool.fill(max(num_pairs, spread_pairs), args.batch_size)
     if args.pool:
-        num_pairs = min(args.pool, args.train_steps * args.batch_size)
-        pool.fill(max(num_pairs, spread_pairs), args.batch_size)
         areas = pool.mask.mean((1, 2, 3))
         num_empty = (areas == 0).sum()
         num_full = (areas == 1).sum()
@@ -550,7 +552,7 @@ def main(args):
         print(f"  nothing is wrong in {num_empty} of them, and everything in {num_full}")
 
     # The reward's unit depends on the seed alone, so a resumed run finds the same one.
-    base_rewards = pool.base_rewards(reward, spread_pairs, args.batch_size)
+    base_rewards = pool.base_reward[:spread_pairs]
     mean = base_rewards.mean().item()
     spread = base_rewards.std().item()
     print(f"{args.reward} of {spread_pairs} base images: {mean:.4f} ± {spread:.4f}, the unit of r'")
@@ -579,7 +581,8 @@ def main(args):
         # Take the next pairs in turn, with what the base model makes of them. Under torchrun, each
         # process takes its part of the pairs; alone, this process takes all of them.
         first = (step - 1) * args.batch_size
-        prompts, noise, base, mask = pool.batch(own_part(range(first, first + args.batch_size)))
+        pairs = own_part(range(first, first + args.batch_size))
+        prompts, noise, base, mask, base_reward = pool.batch(pairs)
 
         # Denoise the same noise up to the last K steps, the whole batch at once and without
         # gradients: with the tuned model, as in DRaFT, or with the base model.
@@ -595,7 +598,6 @@ def main(args):
         # micro-batch at a time. Weight each micro-batch's mean by its fraction of the batch.
         total_loss = 0.0
         rewards = []
-        rewards_of_base = []
         outside = []
         inside = []
         squared_grads = dict.fromkeys(last_timesteps, 0.0)
@@ -616,8 +618,6 @@ def main(args):
 
             # For the log: how far the images moved, and how much each step learns.
             images = images.detach()
-            with torch.no_grad():
-                rewards_of_base.append(reward(base[part], prompts[part]))
             outside.append(change(images, base[part], 1 - mask[part], args.raw_norm))
             inside.append(change(images, base[part], mask[part], args.raw_norm))
             for t, noise_pred in zip(last_timesteps, noise_preds):
@@ -628,7 +628,7 @@ def main(args):
         sum_gradients(params)
         total_loss = sum_processes(total_loss)
         rewards = gather(torch.cat(rewards), args.batch_size)
-        rewards_of_base = gather(torch.cat(rewards_of_base), args.batch_size)
+        base_reward = gather(base_reward, args.batch_size)
         outside = gather(torch.cat(outside), args.batch_size)
         inside = gather(torch.cat(inside), args.batch_size)
         area = gather(mask.mean((1, 2, 3)), args.batch_size)
@@ -648,7 +648,7 @@ def main(args):
         stats = dict(
             loss=total_loss.item(),
             reward=rewards.mean().item(),
-            base_reward=rewards_of_base.mean().item(),
+            base_reward=base_reward.mean().item(),
             grad_norm=grad_norm,
             grad_rms=grad_norm / num_params**0.5,
             outside=outside.mean().item(),

@@ -399,14 +399,14 @@ class Run:
 
     def log(self, step, **values):
         """Appends a line to log.jsonl. Floats have 8 digits. Values that are None are omitted."""
+        if not is_main_process():
+            return
         row = dict(step=step)
         for name, value in values.items():
             if isinstance(value, float):
                 value = float(f"{value:.8g}")
             if value is not None:
                 row[name] = value
-        if not is_main_process():
-            return
         with open(self.dir / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 

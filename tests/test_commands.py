@@ -129,13 +129,14 @@ def test_the_readmes_fork(world, tmp_path):
 def test_help_is_a_page_or_two_with_the_models_defaults(script, capsys):
     commands = [[]]
     if script == "diffdoctor.py":
-        commands = [["treat"], ["detector"]]
+        commands = [[], ["treat"], ["detector"]]
     if script == "data/labels.py":
-        commands = [["score"], ["export_hard"], ["import_labels"], ["pseudo"]]
+        commands = [[], ["score"], ["export_hard"], ["import_labels"], ["pseudo"]]
     for words in commands:
         assert run_script(MODULES[script], *words, "--help") == 0
         text = capsys.readouterr().out
         assert 5 < text.count("\n") <= 150
+        assert max(len(line) for line in text.splitlines()) <= 100
     if script == "refl.py":
         assert run_script(refl, "--model", "sdxl", "--help") == 0
         assert "(default: 16)" in capsys.readouterr().out

@@ -119,7 +119,6 @@ def price(world):
     with torch.no_grad():
         p.forward = flops(denoise, model, latents, t, cond)
         p.encode = flops(encode, model, images)
-        p.detector_forward = flops(detector, images)
 
     # The others are forward and backward. `through` goes back to the latents, too.
     def backward_of(function, *args):
@@ -151,8 +150,6 @@ CALLS = {  # of an update with micro-batches of one image, or in D-Fusion of a p
     "focus_n_fix": {
         ("denoiser", B * GUIDED, False): T - 2, ("denoiser", GUIDED, True): 2 * B,
         ("decoder", 1, True): B, ("detector", 1, True): B,
-        # The log compares with the reward of the base model's image.
-        ("detector", 1, False): B,
     },
     # The inner update: two pairs at all steps.
     "dfusion_dpo": {("denoiser", 2 * GUIDED, True): 2 * T},
@@ -163,7 +160,6 @@ def expected_flops(p):
     """The same in FLOPs. With K = 2 the last step's gradient goes through it to the one before."""
     treated = (T - 1) * p.forward + p.gradient + p.decode + p.detector
     focused = GUIDED * ((T - 2) * p.forward + p.gradient + p.through) + p.decode + p.detector
-    focused += p.detector_forward
     return {
         "refl": B * (3 * p.forward + p.gradient + p.decode + p.reward),
         "imagerefl": B * (p.encode + 2 * p.forward + 2 * p.gradient + p.decode + p.reward),

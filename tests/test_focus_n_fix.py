@@ -197,16 +197,20 @@ def test_a_pool_is_finite_and_its_pairs_come_again(world):
     def make_base(noise, prompts):
         return 2 * noise, noise[:, :1]
 
+    def reward(images, prompts):
+        return images.mean((1, 2, 3))
+
     model = load_model(world.sd, CPU)
-    pool = Pool(model, PROMPTS, 0, 6, make_base)
+    pool = Pool(model, PROMPTS, 0, 6, make_base, reward)
     pool.fill(6, batch_size=4)
-    no_pool = Pool(model, PROMPTS, 0, 0, make_base)
-    prompts, noise, base, mask = pool.batch(range(4, 8))  # pairs 4, 5, 0, 1
+    no_pool = Pool(model, PROMPTS, 0, 0, make_base, reward)
+    prompts, noise, base, mask, base_reward = pool.batch(range(4, 8))  # pairs 4, 5, 0, 1
     assert torch.equal(base, 2 * noise) and torch.equal(mask, noise[:, :1])
+    assert torch.equal(base_reward, reward(base, prompts))
     assert torch.equal(noise[2:], pool.batch(range(2))[1])
     for again, size in ((pool.batch(range(10, 14)), 4), (no_pool.batch(range(4, 8)), 2)):
         assert again[0][:size] == prompts[:size]
-        for part, part_again in zip((noise, base, mask), again[1:]):
+        for part, part_again in zip((noise, base, mask, base_reward), again[1:], strict=True):
             assert torch.equal(part[:size], part_again[:size])
     assert not any(torch.equal(x, noise[2]) for x in no_pool.batch(range(6, 22))[1])
 
@@ -223,14 +227,15 @@ def short_run(world, *more):
 
 
 def pairs_of_short_run(model):
-    """The first four pairs that short_run trains on -> prompts, x_T, I0, M."""
+    """The first four pairs that short_run trains on -> prompts, x_T, I0, M, r(I0)."""
     region = Region(0.97, 0, load_detector(f"{TOY}/detector", CPU))
 
     def make_base(noise, prompts):
         scheduler = make_scheduler(model, "ddim", 4)
         return base_and_mask(model, scheduler, 2.0, region, 4, noise, prompts)
 
-    pool = Pool(model, PROMPTS, 0, 0, make_base)
+    reward, _ = load_reward("toy_pref", CPU)
+    pool = Pool(model, PROMPTS, 0, 0, make_base, reward)
     return pool.batch(range(4))
 
 
@@ -244,7 +249,7 @@ def test_a_run_logs_the_loss_and_shows_the_region(world, monkeypatch, pool):
     assert config["sampler"] == SAMPLER
     assert (config["region"], config["threshold"], config["reward"]) == ("heatmap", 0.97, "toy_pref")
     # The unit of r' is the spread of the base model's rewards.
-    prompts, _, base, _ = pairs_of_short_run(load_model(world.sd, CPU))
+    prompts, _, base, *_ = pairs_of_short_run(load_model(world.sd, CPU))
     base_rewards = load_reward("toy_pref", CPU)[0](base, prompts)
     for row in log:
         r_mapped = (row["reward"] - base_rewards.mean().item()) / base_rewards.std().item()
@@ -300,15 +305,22 @@ def test_the_prefix_is_that_of_the_flag_in_training_and_after(world, monkeypatch
 
     # In training.
     scheduler = make_scheduler(model, "ddim", 4)
-    prompts, noise, base, mask = pairs_of_short_run(model)
+    prompts, noise, base, mask, _ = pairs_of_short_run(model)
     images = sample_in_two(model, scheduler, 2.0, 2, 4, noise, prompts, prefix, "tuned")
     row = read_log("run")[1]
     outside = change(images, base, 1 - mask).mean().item()
     assert row["outside"] == pytest.approx(outside, rel=1e-4)
 
-    # On the held-out prompt.
+    # On the held-out prompt. A base prefix changes nothing, so we do not measure it apart.
+    prompt = Path(world.one).read_text().splitlines()
+    noise = initial_latents(model, [generator(0, "held-out", 0, 0)])
+    region = Region(0.97, 0, load_detector(f"{TOY}/detector", CPU))
+    base, mask = base_and_mask(model, scheduler, 2.0, region, 4, noise, prompt)
+    images = sample_in_two(model, scheduler, 2.0, 2, 4, noise, prompt, prefix, "tuned")
+    outside = change(images, base, 1 - mask).mean().item()
+    assert row["test_outside"] == pytest.approx(outside, rel=1e-4)
     if prefix == "base":
-        assert row["test_outside_prefix"] == 0 < row["test_outside_tail"] == row["test_outside"]
+        assert "test_outside_prefix" not in row and "test_outside_tail" not in row
     else:
         assert 0 < row["test_outside_tail"] < row["test_outside_prefix"]
 
@@ -317,7 +329,6 @@ def test_the_prefix_is_that_of_the_flag_in_training_and_after(world, monkeypatch
     assert sampler.get("base_steps") == (2 if prefix == "base" else None)
     words = ["--lora", "run", "--num_images", 1, "--device", "cpu", "--out", "images"]
     assert run_script(combined_sample, *words) == 0
-    prompt = Path(world.one).read_text().splitlines()
     expected = sample_in_two(
         model, scheduler, 2.0, 2, 1, initial_latents(model, [generator(0, "image", 0, 0)]),
         prompt, prefix, "tuned",

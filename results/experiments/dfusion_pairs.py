@@ -14,7 +14,6 @@ Took     about six minutes on one CPU core, as estimated from a training run's s
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import dfusion_dpo
 from common import TOY, generator, load_model, make_scheduler
@@ -22,10 +21,9 @@ from data.prompts import encode_prompts
 from data.items import read_items
 from evaluate import Dino
 from rewards import load_reward
-from run_folder import to_pil
 from toy import oracle
 
-from .tools import CPU, mean, new_picture, shrink, table_head, table_line
+from .tools import CPU, draw_rows, mean, table_head, table_line
 
 NUM_IMAGES = 16  # per prompt
 NUM_STEPS = 20
@@ -61,7 +59,7 @@ def measure_pairs(out):
     rows = {}
     for k, name in enumerate(("base", "reference", "target")):
         rows[name] = torch.stack([of_prompt[k] for of_prompt in pictures])
-    save_labelled_rows(rows, "dfusion_pairs.png")
+    draw_rows(rows, "dfusion_pairs.png", label_width=130)
     (out / "pairs.md").write_text("\n".join(lines))
     return lines
 
@@ -184,24 +182,6 @@ def column_means(measured, name):
     for found in measured:
         values.append([float(value) for value in found[name]])
     return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
-
-
-def save_labelled_rows(rows, name):
-    """Draws {label: images (N, 3, H, W)} into results/pictures, one labeled row for each."""
-    side = 80
-    label_width = 130
-    columns = len(next(iter(rows.values())))
-    picture = Image.new("RGB", (label_width + side * columns, side * len(rows)), "white")
-    font = ImageFont.load_default(size=18)
-    pen = ImageDraw.Draw(picture)
-    for y, (label, images) in enumerate(rows.items()):
-        pen.text((6, side * y + side // 2), label, fill="black", font=font, anchor="lm")
-        for x, image in enumerate(images):
-            tile = to_pil(image).resize((side - 2, side - 2), Image.BICUBIC)
-            picture.paste(tile, (label_width + side * x, side * y))
-    path = new_picture(name)
-    picture.save(path)
-    shrink(path)
 
 
 def table_of_pairs(template, measured):

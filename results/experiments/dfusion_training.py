@@ -24,10 +24,9 @@ from data.items import read_items
 from rewards import load_reward
 from run_folder import generate, score
 
-from .dfusion_pairs import save_labelled_rows
-from .tools import CPU, JUDGE_BATCH, NUM_PROMPTS, Judges, describe_differences, format_mean, mean
-from .tools import read_lines, repeat, save_figure, subplots, table_head, table_line, together
-from .tools import train
+from .tools import CPU, JUDGE_BATCH, NUM_PROMPTS, Judges, describe_differences, draw_rows
+from .tools import format_mean, mean, read_lines, repeat, save_figure, subplots, table_head
+from .tools import table_line, together, train
 
 REWARD = "toy_pref"
 # All steps but the two of smallest noise, whose long gradients carry no signal: see
@@ -243,4 +242,4 @@ def draw_samples(unseen, runs):
     for method in ("naive", "fused"):
         lora = runs["dpo", method, 1] / "lora" / "step_000016"
         rows[f"after, {method}"] = unseen.images(lora, prompts, 1)
-    save_labelled_rows(rows, "dfusion_samples.png")
+    draw_rows(rows, "dfusion_samples.png", label_width=130)

@@ -18,10 +18,9 @@ import itertools
 
 import numpy as np
 
-from .refl import LATE, METRICS, NUM_STEPS, SHOWN, UPDATES, Bench, combined_name, draw_rows
-from .refl import train_run
-from .tools import SEEDS, describe_differences, held_out_prompts, mean, save_figure, subplots
-from .tools import together, train, write_table
+from .refl import LATE, METRICS, NUM_STEPS, SHOWN, UPDATES, Bench, combined_name, train_run
+from .tools import SEEDS, describe_differences, draw_rows, held_out_prompts, mean, save_figure
+from .tools import subplots, together, train, write_table
 
 BASE_STEPS = (10, 15, 17)  # of 20: the switch points at which methods are compared
 ALONE = (0, 5)  # ReFL's switch points with SEEDS only; at 0 it samples alone

@@ -14,7 +14,6 @@ import statistics
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from combined_sample import sample_mixed, tuned_weight
 from common import base_model, decode, generator, initial_latents, load_lora, load_model
@@ -22,11 +21,11 @@ from common import make_scheduler, merged, sample
 from data.prompts import condition, encode_once
 from evaluate import frechet
 from rewards import load_reward
-from run_folder import score, to_pil
+from run_folder import score
 from toy.scenes import render, sample_scene
 
-from .tools import CPU, JUDGE_BATCH, SEEDS, Judges, held_out_prompts, new_picture, read_lines
-from .tools import repeat, shrink, snapshot_names, together, train, updates_of, write_table
+from .tools import CPU, JUDGE_BATCH, SEEDS, Judges, draw_rows, held_out_prompts, read_lines, repeat
+from .tools import snapshot_names, together, train, updates_of, write_table
 
 METRICS = ("toy_pref", "toy_pref_b", "toy_correct", "dino_div", "frechet_toy")
 NUM_STEPS = 20
@@ -204,22 +203,6 @@ def combined_name(kind, updates, base_steps):
     if base_steps:
         name += f" + {base_steps} base steps"
     return name
-
-
-def draw_rows(rows, name, side=80, label_width=210):
-    """{label: images, a list of (3, H, W)} -> a picture with a labeled row of images for each."""
-    num_columns = max(len(images) for images in rows.values())
-    picture = Image.new("RGB", (label_width + side * num_columns, side * len(rows)), "white")
-    font = ImageFont.load_default(size=20)
-    pen = ImageDraw.Draw(picture)
-    for y, (label, images) in enumerate(rows.items()):
-        pen.text((8, side * y + side // 2), label, fill="black", font=font, anchor="lm")
-        for x, image in enumerate(images):
-            tile = to_pil(image).resize((side, side), Image.Resampling.LANCZOS)
-            picture.paste(tile, (label_width + side * x, side * y))
-    path = new_picture(name)
-    picture.save(path)
-    shrink(path)
 
 
 # --------------------------------------------------------------------------------------------------

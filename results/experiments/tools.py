@@ -21,12 +21,13 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from common import ROOT, TOY
 from data.prompts import read_prompts
 from evaluate import Dino
 from rewards import load_reward
+from run_folder import to_pil
 from toy import oracle
 
 matplotlib.use("Agg")
@@ -36,7 +37,6 @@ PICTURES = ROOT / "results" / "pictures"
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2)
 NUM_PROMPTS = 40
-NUM_IMAGES = 8  # per prompt
 JUDGE_BATCH = 32
 
 
@@ -118,22 +118,6 @@ def held_out_prompts(out):
     """The file with the held-out prompts of every row."""
     prompts = read_prompts(TOY / "prompts_test.txt")[:NUM_PROMPTS]
     return write_prompts(out / "prompts.txt", prompts)
-
-
-def sample_images(out, name, *flags, prompts=None, num_images=NUM_IMAGES):
-    """Samples the folder out/images/name with combined_sample.py -> the folder.
-
-    prompts: a file; by default the held-out prompts.
-    """
-    folder = out / "images" / name
-    done = folder / "metadata.jsonl"
-    if not done.exists():
-        # A job that was killed left some images, and the script wants an empty folder.
-        shutil.rmtree(folder, ignore_errors=True)
-    prompts = prompts or held_out_prompts(out)
-    flags = [*flags, "--prompts", prompts, "--num_images", num_images, "--out", folder]
-    run_script(out, name, "combined_sample", *flags, done=done)
-    return folder
 
 
 def read_lines(path):
@@ -280,3 +264,19 @@ def shrink(path):
     """Replaces a PNG with a PNG of 256 colors."""
     image = Image.open(path).convert("RGB")
     image.quantize(256, kmeans=1).save(path, optimize=True)
+
+
+def draw_rows(rows, name, side=80, label_width=210):
+    """{label: images, a list of (3, H, W)} -> a picture with a labeled row of images for each."""
+    num_columns = max(len(images) for images in rows.values())
+    picture = Image.new("RGB", (label_width + side * num_columns, side * len(rows)), "white")
+    font = ImageFont.load_default(size=20)
+    pen = ImageDraw.Draw(picture)
+    for y, (label, images) in enumerate(rows.items()):
+        pen.text((8, side * y + side // 2), label, fill="black", font=font, anchor="lm")
+        for x, image in enumerate(images):
+            tile = to_pil(image).resize((side, side), Image.Resampling.LANCZOS)
+            picture.paste(tile, (label_width + side * x, side * y))
+    path = new_picture(name)
+    picture.save(path)
+    shrink(path)
