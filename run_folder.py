@@ -31,7 +31,7 @@ from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import MODELS, FluxPipeline, StableDiffusionPipeline, base_model, decode_in_parts
+from common import FAMILIES, MODELS, base_model, decode_in_parts
 from common import find_pipeline, generator, initial_latents, make_scheduler, merged, pick_device
 from common import read_json, sample
 from data.prompts import condition
@@ -78,10 +78,9 @@ def model_family(model):
     if model in MODELS:
         return model
     pipeline_class, _ = find_pipeline(model)
-    if pipeline_class is FluxPipeline:
-        config, _ = read_json(model, "transformer/config.json")
-        return "flux-dev" if config.get("guidance_embeds") else "flux-schnell"
-    return "sd15" if pipeline_class is StableDiffusionPipeline else "sdxl"
+    family = FAMILIES[pipeline_class]
+    config, _ = read_json(model, f"{family.DENOISER}/config.json")
+    return family.settings_row(config)
 
 
 def settings_for(table, model):

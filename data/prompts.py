@@ -40,46 +40,33 @@ def read_prompts(path, split="train"):
 def encode_prompts(model, prompts, batch_size=64):
     """Encodes prompts with diffusers' own encode_prompt -> {prompt: tuple of CPU tensors}.
 
-    The result always includes None, the unconditional prompt: zeros for SDXL, as in its pipeline,
-    and the embedding of "" for the other models.
+    The result always includes None, the unconditional prompt.
     """
     check_tokenizers(model)
     encoded = {}
     unique_prompts = list(dict.fromkeys(prompts))
     for i in range(0, len(unique_prompts), batch_size):
         batch = unique_prompts[i : i + batch_size]
-        embeds, uncond_embeds = encode_batch(model, [prompt or "" for prompt in batch])
-        for k, prompt in enumerate(batch):
-            encoded[prompt] = tuple(part[k].cpu() for part in embeds)
-        encoded[None] = tuple(part[0].cpu() for part in uncond_embeds)
+        texts = [prompt or "" for prompt in batch]
+        embeds, uncond_embeds = model.family.encode(model, texts)
+        for prompt, parts in zip(batch, embeds):
+            encoded[prompt] = tuple(part.cpu() for part in parts)
+        encoded[None] = tuple(part.cpu() for part in uncond_embeds)
     return encoded
+
+
+def text_encoders(model):
+    """The names of the pipeline's text encoders that are loaded."""
+    parts = model.pipe.components
+    return [name for name in parts if name.startswith("text_encoder") and parts[name] is not None]
 
 
 def check_tokenizers(model):
     """Raises ValueError if a tokenizer has no vocabulary, because all prompts would look alike."""
-    for name in ("text_encoder", "text_encoder_2"):
-        encoder = getattr(model.pipe, name, None)
-        if encoder is not None:
-            tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
-            check_tokenizer(tokenizer, encoder.config.vocab_size, model.source)
-
-
-def encode_batch(model, texts):
-    """Texts -> their embeddings and the unconditional ones, tuples of (B, tokens, D) or (B, D)."""
-    options = dict(device=model.device, num_images_per_prompt=1)
-    if model.is_flow:
-        # T5's states for 256 tokens with schnell or 512 with dev, and CLIP's pooled state.
-        # FLUX has no unconditional prompt, so we encode "" as one more text.
-        length = min(512 if model.takes_guidance else 256, model.pipe.tokenizer_2.model_max_length)
-        states, pooled, _ = model.pipe.encode_prompt(
-            prompt=[*texts, ""], prompt_2=None, max_sequence_length=length, **options
-        )
-        return (states[:-1], pooled[:-1]), (states[-1:], pooled[-1:])
-    out = model.pipe.encode_prompt(prompt=texts, do_classifier_free_guidance=True, **options)
-    if len(out) == 4:
-        # SDXL: states and pooled states, each with its unconditional counterpart.
-        return (out[0], out[2]), (out[1], out[3])
-    return (out[0],), (out[1],)
+    for name in text_encoders(model):
+        vocab_size = getattr(model.pipe, name).config.vocab_size
+        tokenizer = getattr(model.pipe, name.replace("text_encoder", "tokenizer"))
+        check_tokenizer(tokenizer, vocab_size, model.source)
 
 
 def encode_once(model, prompts, limit=10_000):
@@ -91,9 +78,8 @@ def encode_once(model, prompts, limit=10_000):
     if len(set(prompts)) > limit:
         return
     model.embeds.update(encode_prompts(model, prompts))
-    for name in ("text_encoder", "text_encoder_2"):
-        if hasattr(model.pipe, name):
-            model.pipe.register_modules(**{name: None})
+    for name in text_encoders(model):
+        model.pipe.register_modules(**{name: None})
     torch.cuda.empty_cache()
 
 
@@ -103,18 +89,4 @@ def condition(model, prompts):
     new_prompts = [prompt for prompt in prompts if prompt not in embeds]
     if new_prompts:
         embeds = {**encode_prompts(model, new_prompts), **embeds}
-    per_prompt = [embeds[prompt] for prompt in prompts]
-    parts = [
-        torch.stack(part).to(model.device, non_blocking=True)  # (B, tokens, D) or (B, D)
-        for part in zip(*per_prompt)
-    ]
-    if model.is_flow:
-        return dict(encoder_hidden_states=parts[0], pooled_projections=parts[1])
-    cond = dict(encoder_hidden_states=parts[0])
-    if len(parts) == 2:
-        # SDXL is also told the original size, the crop's corner and the target size.
-        size = model.resolution
-        sizes = torch.tensor([[size, size, 0, 0, size, size]]).to(parts[0])
-        time_ids = sizes.expand(len(prompts), -1)
-        cond["added_cond_kwargs"] = dict(text_embeds=parts[1], time_ids=time_ids)
-    return cond
+    return model.family.condition(model, [embeds[prompt] for prompt in prompts])

@@ -17,11 +17,13 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model, T5Config
+from transformers import T5EncoderModel
 
 from common import generator
 from run_folder import readable_errors, to_pil
@@ -46,6 +48,7 @@ TEXT_CONFIG = dict(
     eos_token_id=1,
     pad_token_id=1,
 )
+NO_QUANT = dict(use_quant_conv=False, use_post_quant_conv=False)  # for tiny_vae
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,19 +121,7 @@ def write_flux(folder, dev=False, seed=0):
             guidance_embeds=dev,
             axes_dims_rope=(4, 6, 6),
         )
-        no_quant = dict(use_quant_conv=False, use_post_quant_conv=False)
-        vae = tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, **no_quant)
-        t5_config = T5Config(
-            vocab_size=79,
-            d_model=TEXT_WIDTH,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            pad_token_id=1,
-            eos_token_id=1,
-            feed_forward_proj="gated-gelu",
-        )
+        vae = tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, **NO_QUANT)
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
         scheduler = FlowMatchEulerDiscreteScheduler(
             shift=3.0 if dev else 1.0, use_dynamic_shifting=dev
@@ -140,13 +131,102 @@ def write_flux(folder, dev=False, seed=0):
             vae=vae,
             text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)),
             tokenizer=tokenizer,
-            text_encoder_2=T5EncoderModel(t5_config),
+            text_encoder_2=tiny_t5(TEXT_WIDTH),
             tokenizer_2=tokenizer,
             transformer=transformer,
         )
         randomize(pipe)
     pipe.save_pretrained(folder)
     return str(folder)
+
+
+def write_sd35(folder, with_t5=True, seed=0):
+    """Writes a random SD3.5 pipeline -> its folder. T5's states are as wide as both CLIPs'."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=2 * TEXT_WIDTH,
+            caption_projection_dim=32,
+            pooled_projection_dim=2 * TEXT_WIDTH,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
+        pipe = StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(scaling_factor=1.5305, shift_factor=0.0609, **NO_QUANT),
+            text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_CONFIG)),
+            tokenizer=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_CONFIG)),
+            tokenizer_2=tokenizer,
+            text_encoder_3=tiny_t5(2 * TEXT_WIDTH) if with_t5 else None,
+            tokenizer_3=tokenizer if with_t5 else None,
+        )
+        randomize(pipe)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def write_z_image(folder, seed=0):
+    """Writes a random Z-Image pipeline -> its folder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=TEXT_WIDTH,
+            axes_dims=[4, 6, 6],
+            axes_lens=[600, 16, 16],
+        )
+        qwen_config = Qwen3Config(
+            vocab_size=79,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            pad_token_id=1,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        pipe = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+            vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, **NO_QUANT),
+            text_encoder=Qwen3Model(qwen_config),
+            tokenizer=tokenizer,
+            transformer=transformer,
+        )
+        randomize(pipe)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_t5(width):
+    config = T5Config(
+        vocab_size=79,
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=1,
+        eos_token_id=1,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config)
 
 
 def tiny_vae(**options):
@@ -169,7 +249,7 @@ def randomize(pipe):
                 p.data += 0.05 * torch.randn_like(p)
     # CLIP's own initialization is so small that all prompts would look the same.
     for name, part in pipe.components.items():
-        if name.startswith("text_encoder"):
+        if name.startswith("text_encoder") and part is not None:
             for p in part.parameters():
                 p.data *= 3
 
@@ -193,7 +273,7 @@ def world(tmp_path_factory):
 def make_world(root):
     """Writes small files that many tests use -> their paths, as strings:
 
-    sd, sd_v, sdxl, flux, flux_dev   tiny random models
+    sd, sd_v, sdxl, flux, flux_dev, sd35, z_image   tiny random models
     prompts, one                     text files with the four PROMPTS, and with the first of them
     images                           a folder with four random images of 16 x 16 pixels
     items                            D-Fusion's JSON with one prompt, two items and thresholds
@@ -217,6 +297,8 @@ def make_world(root):
         sdxl=write_sd(root / "sdxl", "sdxl", seed=2),
         flux=write_flux(root / "flux", seed=3),
         flux_dev=write_flux(root / "flux_dev", dev=True, seed=4),
+        sd35=write_sd35(root / "sd35", seed=5),
+        z_image=write_z_image(root / "z_image", seed=6),
         prompts=str(root / "prompts.txt"),
         one=str(root / "one.txt"),
         images=str(root / "images"),
