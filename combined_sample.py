@@ -74,6 +74,13 @@ BASE = {
     "flux-dev": dict(
         scheduler="euler", num_inference_steps=28, base_guidance_scale=3.5, guidance_scale=3.5
     ),
+    # From their model cards. Z-Image's guidance scale of 4 is 5 here: see models/z_image.py.
+    "sd35": dict(
+        scheduler="euler", num_inference_steps=40, base_guidance_scale=4.5, guidance_scale=1.0
+    ),
+    "z-image": dict(
+        scheduler="euler", num_inference_steps=50, base_guidance_scale=5.0, guidance_scale=1.0
+    ),
     "toy": dict(
         scheduler="ddpm", num_inference_steps=20, base_guidance_scale=4.0, guidance_scale=1.0
     ),

@@ -68,7 +68,7 @@ PAPER = {  # treat: section 4.1, gamma from Eq. 4, and dev's 10 steps from secti
 # The paper does not give resolution, guidance or SD's sampler. The released code has batches of 4.
 # The paper treats SD1.5 without the regularizer; we use it there as well, with gamma 0.25.
 # FLUX collapses after about 10 of the paper's epochs. An epoch of the released code is 8 updates,
-# so we save FLUX every 40 updates.
+# so we save FLUX every 40 updates, and the other flows, too.
 OURS = {
     "sd14": dict(
         train_steps=2000, batch_size=4, resolution=512, lr=1e-4, lora_rank=16,
@@ -98,6 +98,18 @@ OURS = {
     "flux-dev": dict(
         train_steps=2000, batch_size=4, resolution=512, lr=1e-4, lora_rank=16,
         scheduler="euler", num_inference_steps=10, guidance_scale=3.5, grad_steps=1, gamma=0.25,
+        save_every=40, reward="imagereward",
+    ),
+    # The last of sd35's steps, at sigma .0089, hardly changes the image, so we use two: the other is
+    # at .15. The last sigma of z-image is .24, and that of the paper's FLUX.1-dev .17.
+    "sd35": dict(
+        train_steps=2000, batch_size=4, resolution=512, lr=1e-4, lora_rank=16,
+        scheduler="euler", num_inference_steps=20, guidance_scale=4.5, grad_steps=2, gamma=0.25,
+        save_every=40, reward="imagereward",
+    ),
+    "z-image": dict(
+        train_steps=2000, batch_size=4, resolution=512, lr=1e-4, lora_rank=16,
+        scheduler="euler", num_inference_steps=20, guidance_scale=5.0, grad_steps=1, gamma=0.25,
         save_every=40, reward="imagereward",
     ),
     # The last step alone hardly changes the toy model, as with the paper's SD1.5, so we use 5.

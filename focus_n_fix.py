@@ -12,7 +12,8 @@ hold it to the base model's image wherever that image had no problem.
   r'      = (r(I) - mean) / spread                   of the whole image; mean and spread of r(I0)
   loss    = -(r' - beta * penalty)                   0 for the base model, on average
 
-All sampling is DDIM with eta 0. --beta 0 is DRaFT-K (Clark et al. 2024), the paper's baseline.
+All sampling is DDIM with eta 0, or Euler for flows. --beta 0 is DRaFT-K (Clark et al. 2024), the
+paper's baseline.
 
   --region heatmap     the confidence map of --detector, where it is above --threshold
   --region saliency    Grad-CAM of -r, for a CLIP-like reward: the places that lower r
@@ -78,6 +79,15 @@ OURS = {  # ours, except for these two values
     "sdxl": dict(
         PAPER["sdxl"], train_steps=1000, batch_size=4, micro_batch=1, resolution=1024, lr=2e-4,
         num_inference_steps=50, guidance_scale=5.0, beta=15.0, dilate=40, pool=256,
+    ),
+    # Steps: diffusers' for SD3, and the fewest that Z-Image's authors recommend.
+    "sd35": dict(
+        PAPER["sdxl"], train_steps=1000, batch_size=4, micro_batch=1, resolution=512, lr=2e-4,
+        num_inference_steps=28, guidance_scale=4.5, beta=15.0, dilate=20, pool=256,
+    ),
+    "z-image": dict(
+        PAPER["sdxl"], train_steps=1000, batch_size=4, micro_batch=1, resolution=512, lr=2e-4,
+        num_inference_steps=28, guidance_scale=5.0, beta=15.0, dilate=20, pool=256,
     ),
     "toy": dict(
         grad_steps=2, prefix="base", lora_rank=16, train_steps=60, batch_size=8, micro_batch=8,
@@ -516,7 +526,7 @@ def main(args):
         params, lr=args.lr, betas=(0.9, 0.999), eps=1e-15, weight_decay=0.1, fused=True
     )
 
-    sampler = dict(scheduler="ddim", eta=0.0)
+    sampler = dict(scheduler="euler" if model.is_flow else "ddim", eta=0.0)
     sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
     num_prefix_steps = args.num_inference_steps - args.grad_steps
     if args.prefix == "base":
@@ -569,7 +579,8 @@ def main(args):
         print(f"held-out {args.reward} before: {before:.4f}")
         compare_with_base(step=0)
 
-    last_timesteps = scheduler.timesteps[num_prefix_steps:].tolist()
+    # Those of flows are not whole numbers.
+    last_timesteps = [round(t) for t in scheduler.timesteps[num_prefix_steps:].tolist()]
 
     steps = range(run.start + 1, args.train_steps + 1)
     progress = tqdm(

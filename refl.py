@@ -11,7 +11,7 @@ raise the reward of that image.
   loss    = -reward_scale * r'                          r' = (r - shift) / scale (rewards.py); or
   loss    = reward_scale * relu(2 - r)                  with --loss hinge, ImageReward's own loss
 
-We sample with ancestral DDPM steps and no guidance, both during and after training. FLUX takes
+We sample with ancestral DDPM steps and no guidance, both during and after training. Flows take
 Euler steps instead, with x0 = x_t - sigma v, and FLUX.1-dev gets a guidance scale of 1. The last
 DDPM timestep is 1, where the image hardly changes anymore, so the gradient there is small: compare
 mid and grad_norm in the log.
@@ -75,6 +75,18 @@ OURS = {
     "flux-dev": dict(
         train_steps=2000, batch_size=16, resolution=512, lr=1e-4, lora_rank=16,
         num_inference_steps=28, first_mid=20, last_mid=27, reward_scale=1e-3,
+    ),
+    # From FlowBP's ReFL on this model (github.com/RuoyuWang-2077/FlowBP): updates, batch, resolution,
+    # steps and first_mid. It trains all weights, with lr 1e-5 and a guidance of 3.5. The last step,
+    # at sigma .0089, hardly changes the image, so last_mid is the step before. Rank: Flow-GRPO's.
+    "sd35": dict(
+        train_steps=300, batch_size=64, resolution=512, lr=1e-4, lora_rank=32,
+        num_inference_steps=25, first_mid=14, last_mid=23, reward_scale=1e-3,
+    ),
+    # The fewest steps that its authors recommend, and about the sigmas of sd35: .67 to .18.
+    "z-image": dict(
+        train_steps=2000, batch_size=16, resolution=512, lr=1e-4, lora_rank=16,
+        num_inference_steps=28, first_mid=21, last_mid=27, reward_scale=1e-3,
     ),
     "toy": dict(
         train_steps=30, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,

@@ -11,7 +11,7 @@ GPU, save a folder without it, and pass that folder to --model:
 """
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 PIPELINES = (StableDiffusion3Pipeline,)
 DENOISER = "transformer"
@@ -20,6 +20,8 @@ IS_FLOW = True
 LORA_TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 ]
+# For --compile. diffusers names these blocks for the other families, but not for SD3.
+SD3Transformer2DModel._repeated_blocks = ["JointTransformerBlock"]
 
 
 def settings_row(config):

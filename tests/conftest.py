@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model, T5Config
 from transformers import T5EncoderModel
@@ -419,6 +419,33 @@ def same_tensors(first, second):
     if first.keys() != second.keys():
         return False
     return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def break_weights(path, harm):
+    """Harms a file of weights: "cut", "absent", or its first "key" or that one's "shape"."""
+    if harm == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif harm == "absent":
+        path.unlink()
+    else:
+        state = load_file(path)
+        key = sorted(state)[0]
+        state[key] = torch.zeros(3, 5)
+        if harm == "key":
+            del state[key]
+        save_file(state, path, metadata={"format": "pt"})
+
+
+def pipeline_images(pipe, prompts, latents, num_inference_steps, guidance_scale):
+    """What a flow's own pipeline makes of x_T (B, C, h, w), with a guidance_scale as ours."""
+    options = dict(height=16, width=16, num_inference_steps=num_inference_steps, output_type="pt")
+    if isinstance(pipe, FluxPipeline):
+        latents = FluxPipeline._pack_latents(latents, *latents.shape)
+        options["max_sequence_length"] = 12
+    if isinstance(pipe, ZImagePipeline):
+        guidance_scale = guidance_scale - 1
+    options.update(latents=latents, guidance_scale=guidance_scale)
+    return pipe(list(prompts), **options).images
 
 
 def random_lora(params, size=0.3):

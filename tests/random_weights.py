@@ -14,6 +14,7 @@ pipelines come only as their fp16 variant.
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -21,14 +22,17 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 import transformers
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import PNDMScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import InterpolationMode
 from transformers import AutoTokenizer, BertTokenizer, CLIPConfig, CLIPImageProcessor
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from transformers import CLIPTokenizer, ViTConfig, ViTModel
+from transformers import CLIPTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, T5Config
+from transformers import T5EncoderModel, T5Tokenizer, ViTConfig, ViTModel
 
 transformers.logging.disable_progress_bar()
 
@@ -88,6 +92,54 @@ SMALL = {
         channels=(8, 16, 16), attention_head_dim=(1, 2, 2), cross_attention_dim=64,
         transformer_layers_per_block=(1, 1, 2), addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=32 + 6 * 8,
+    ),
+}
+# The flows. transformer: what differs from the defaults of diffusers' class.
+NO_QUANT = dict(use_quant_conv=False, use_post_quant_conv=False)
+FLOWS = {
+    "sd35": dict(
+        transformer=dict(
+            num_layers=24, num_attention_heads=24, caption_projection_dim=1536,
+            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        ),
+        text=FULL["sdxl"]["text"],
+        t5=dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128),
+        vae=(128, 256, 512, 512), scaling=1.5305, sample_size=128,
+        vae_options=dict(latent_channels=16, shift_factor=0.0609, **NO_QUANT),
+    ),
+    "z-image": dict(
+        transformer=dict(axes_lens=[1536, 512, 512]),
+        qwen=dict(
+            hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=128, vocab_size=151936,
+        ),
+        vae=(128, 256, 512, 512), scaling=0.3611, sample_size=128,
+        vae_options=dict(latent_channels=16, shift_factor=0.1159, **NO_QUANT),
+    ),
+}
+SMALL_FLOWS = {
+    "sd35": dict(
+        FLOWS["sd35"],
+        transformer=dict(
+            sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=64, caption_projection_dim=16, pooled_projection_dim=64,
+            pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+        ),
+        text=SMALL["sdxl"]["text"],
+        t5=dict(d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=512),
+        vae=(8, 8, 16, 16), sample_size=8,
+    ),
+    "z-image": dict(
+        FLOWS["z-image"],
+        transformer=dict(
+            dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+            axes_dims=[4, 6, 6], axes_lens=[600, 16, 16],
+        ),
+        qwen=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, vocab_size=512,
+        ),
+        vae=(8, 8, 16, 16), sample_size=8,
     ),
 }
 # laion/CLIP-ViT-H-14-laion2B-s32B-b79K in transformers' names: PickScore and MPS.
@@ -236,6 +288,7 @@ def build_vae(config):
         norm_num_groups=min(32, config["vae"][0] // 2),
         sample_size=8 * config["sample_size"],
         scaling_factor=config["scaling"],
+        **config.get("vae_options", {}),
     )
 
 
@@ -297,6 +350,82 @@ def write_pipeline(name, folder, full, seed):
         index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
         index["requires_safety_checker"] = True
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+def flow_modules(name, full, vocab_size):
+    """{part: function that builds it} of the networks of "sd35" or "z-image".
+
+    vocab_size: CLIP's.
+    """
+    config = (FLOWS if full else SMALL_FLOWS)[name]
+    build = dict(vae=lambda: build_vae(config))
+    if name == "z-image":
+        build["transformer"] = lambda: ZImageTransformer2DModel(**config["transformer"])
+        # The text encoder is published with its head, which shares the embeddings' weights.
+        build["text_encoder"] = lambda: Qwen3ForCausalLM(
+            Qwen3Config(**config["qwen"], tie_word_embeddings=True)
+        )
+        return build
+    build["transformer"] = lambda: SD3Transformer2DModel(**config["transformer"])
+    build["text_encoder"] = lambda: build_text_encoder(config["text"][0], vocab_size, True)
+    build["text_encoder_2"] = lambda: build_text_encoder(config["text"][1], vocab_size, True)
+    build["text_encoder_3"] = lambda: T5EncoderModel(
+        T5Config(**config["t5"], feed_forward_proj="gated-gelu")
+    )
+    return build
+
+
+def letter_tokens(num_tokens):
+    """Single characters, as byte-level BPE and SentencePiece write them, and words to fill up."""
+    letters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u2581"]
+    return letters + [f"<unused{i}>" for i in range(num_tokens - len(letters))]
+
+
+def write_flow(name, folder, full, seed):
+    """A diffusers folder. As published, only SD3.5's text encoders have an fp16 variant."""
+    tokenizer = clip_tokenizer(full)
+    dtype = torch.bfloat16 if name == "z-image" else torch.float16
+    parts = {}
+    for i, (part, build) in enumerate(flow_modules(name, full, len(tokenizer)).items()):
+        parts[part] = filled(build, seed + i, dtype)
+    config = (FLOWS if full else SMALL_FLOWS)[name]
+    # Full-size weights come in several files, and so do the small T5's.
+    shards = dict(max_shard_size="5GB" if full else "200KB")
+
+    if name == "z-image":
+        tokens = letter_tokens(int(0.95 * config["qwen"]["vocab_size"]))
+        qwen_tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(tokens)}, [])
+        qwen_tokenizer.chat_template = (
+            "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+            "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+        )
+        causal = parts["text_encoder"]
+        causal.tie_weights()
+        parts.update(text_encoder=causal.model, tokenizer=qwen_tokenizer)
+        pipe = ZImagePipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), **parts)
+        pipe.save_pretrained(folder, **shards)
+        shutil.rmtree(folder / "text_encoder")
+        causal.save_pretrained(folder / "text_encoder", **shards)
+        return folder
+
+    # The tokenizer itself adds 100 more.
+    num_tokens = int(0.95 * config["t5"]["vocab_size"]) - 100
+    tokens = ["<pad>", "</s>", "<unk>", *letter_tokens(num_tokens)]
+    t5_tokenizer = T5Tokenizer([(token, -2.0) for token in tokens], model_max_length=512)
+    pipe = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer,
+        tokenizer_2=clip_tokenizer(full),
+        tokenizer_3=t5_tokenizer,
+        **parts,
+    )
+    pipe.save_pretrained(folder, variant="fp16", **shards)
+    for part in ("transformer", "vae"):
+        shutil.rmtree(folder / part)
+        parts[part].save_pretrained(folder / part)
+    write_clip_tokenizer(folder / "tokenizer", full)
+    write_clip_tokenizer(folder / "tokenizer_2", full)
     return folder
 
 
@@ -674,6 +803,8 @@ WRITERS = {
     "sd15": write_pipeline,
     "sd21": write_pipeline,
     "sdxl": write_pipeline,
+    "sd35": write_flow,
+    "z-image": write_flow,
     "hps": write_open_clip,
     "clip": write_open_clip,
     "clip_h": write_open_clip,
@@ -702,7 +833,7 @@ def main():
     args = parser.parse_args()
     for name in args.names:
         path = write(name, args.out, args.full, args.seed)
-        if name in FULL:
+        if name in (*FULL, *FLOWS):
             print(f"--model {path}")
         else:
             print(f"--reward {name}:{path}")

@@ -11,6 +11,7 @@ from conftest import CPU, PROMPTS, random_lora, run_script
 from PIL import Image
 
 import combined_sample
+import refl
 from combined_sample import mixed_prediction, parse_args, tuned_weight
 from common import TOY, base_model, decode, denoise, generator, initial_latents, load_model
 from common import make_scheduler, make_trainable, sample
@@ -143,6 +144,21 @@ def test_a_full_fine_tune_keeps_its_base(world, run):
     assert read_folder("combined/base_steps_4") == base
     words = ["--lora", "full", "--model", world.sdxl, "--out", "other"]
     assert "incomplete weights, or not those of" in run_script(combined_sample, *words)
+
+
+@pytest.mark.parametrize("family", ["sd35", "z_image"])
+def test_a_tuned_flow_and_its_base(world, family):
+    words = ["--model", getattr(world, family), "--reward", "toy_pref", "--device", "cpu"]
+    words += ["--prompts", world.prompts, "--test_prompts", world.prompts, "--lora_rank", 4]
+    words += ["--num_inference_steps", 4, "--first_mid", 2, "--last_mid", 3, "--batch_size", 2]
+    assert run_script(refl, *words, "--lr", 0.01, "--train_steps", 1, "--out", "run") == 0
+    tuned = run_combined("run", "tuned")
+    base = run_combined("run", "base", "--mode", "base", "--base_guidance_scale", 3)
+    words = ["--mode", "combined", "--base_guidance_scale", 3, "--base_steps", 0, 2, 4]
+    run_combined("run", "combined", *words)
+    assert read_folder("combined/base_steps_0") == tuned
+    assert read_folder("combined/base_steps_2") not in (tuned, base)
+    assert read_folder("combined/base_steps_4") == base
 
 
 def test_defaults_come_from_the_run_or_the_model(world, run):

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import random_weights
 import torch
-from conftest import CPU, ROOT, read_log, read_weights_of_run, run_script, same_tensors
-from conftest import training_commands
-from safetensors.torch import load_file, save_file
+from conftest import CPU, ROOT, break_weights, read_log, read_weights_of_run, run_script
+from conftest import same_tensors, training_commands
 
 import combined_sample
 import dfusion_dpo
@@ -317,20 +316,6 @@ def test_broken_reward_weights_are_refused_and_never_random(tmp_path, harm):
     break_weights(folder / "model.safetensors", harm)
     with pytest.raises(SystemExit, match=f"--reward toy_pref:{folder}"):
         load_reward(f"toy_pref:{folder}", CPU)
-
-
-def break_weights(path, harm):
-    if harm == "cut":
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif harm == "absent":
-        path.unlink()
-    else:
-        state = load_file(path)
-        key = sorted(state)[0]
-        state[key] = torch.zeros(3, 5)
-        if harm == "key":
-            del state[key]
-        save_file(state, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("name, part", [("sd15", "tokenizer"), ("sdxl", "tokenizer_2")])

@@ -38,25 +38,25 @@ def test_pixel_loss_by_hand():
         assert [int(g > 0) for g in grad.flatten()] == [int(digit) for digit in reached[pixels]]
 
 
-@pytest.mark.parametrize("family", ["sd", "sd_v", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sd_v", "flux", "sd35", "z_image"])
 def test_offline_loss_by_hand(world, family):
     """The model should predict the noise, v = signal noise - sigma x0, or noise - x0."""
     model = load_model(getattr(world, family), CPU)
-    scheduler = make_scheduler(model, "euler" if family == "flux" else "ddim", 5)
+    scheduler = make_scheduler(model, "euler" if model.is_flow else "ddim", 5)
     x0 = encode(model, torch.rand(2, 3, 16, 16, generator=generator(0, "images")))
     noise = initial_latents(model, [generator(0, "noise", i) for i in range(2)])
     cond = condition(model, PROMPTS[:2])
     t = torch.tensor([900, 20])
     sigma = t.view(2, 1, 1, 1) / 1000
     signal = 1 - sigma
-    if family != "flux":
+    if not model.is_flow:
         alpha_bar = model.pipe.scheduler.alphas_cumprod[t].view(2, 1, 1, 1)
         signal = alpha_bar.sqrt()
         sigma = (1 - alpha_bar).sqrt()
-    targets = dict(sd=noise, sd_v=signal * noise - sigma * x0, flux=noise - x0)
+    target = dict(sd=noise, sd_v=signal * noise - sigma * x0).get(family, noise - x0)
     noisy_latents = signal * x0 + sigma * noise
     loss = diffdoctor.offline_loss(model, scheduler, x0, noise, t, cond)
-    by_hand = (targets[family] - denoise(model, noisy_latents, t, cond)).square().mean()
+    by_hand = (target - denoise(model, noisy_latents, t, cond)).square().mean()
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
@@ -265,6 +265,17 @@ def test_the_loss_is_eq_4_whatever_the_micro_batch(world):
         assert row["loss"] == pytest.approx(row["mean"] + 0.25 * row["offline"], rel=1e-4)
         for name in ("loss", "mean", "max", "offline", "grad_norm", "test_drift"):
             assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("family, guidance_scale", [("sd35", 4.5), ("z_image", 1.0)])
+def test_other_flows_are_treated(world, family, guidance_scale):
+    words = ["--grad_steps", 2, "--guidance_scale", guidance_scale]
+    assert treat(world, "run", *words, model=family) == 0
+    rows = read_log("run")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["grad_norm"] > 0 and row["offline"] > 0
+        assert row["loss"] == pytest.approx(row["mean"] + 0.25 * row["offline"], rel=1e-4)
 
 
 def test_it_stops_early_and_stays_stopped(world, capsys):

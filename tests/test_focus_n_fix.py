@@ -267,6 +267,17 @@ def test_a_run_logs_the_loss_and_shows_the_region(world, monkeypatch, pool):
     assert max(abs(base - images).max(), difference.max()) <= 1 and set(mask.ravel()) <= {0, 255}
 
 
+@pytest.mark.parametrize("family, timesteps", [("sd35", ["602", "9"]), ("z_image", ["857", "667"])])
+def test_flows_take_euler_steps(world, family, timesteps):
+    words = short_run(world, "--model", getattr(world, family))
+    assert run_script(focus_n_fix, *words) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["sampler"] == dict(SAMPLER, scheduler="euler")
+    for row in read_log("run"):
+        assert list(row["grad_by_t"]) == timesteps and min(row["grad_by_t"].values()) > 0
+    assert read_log("run")[0]["outside"] < 1e-4 < read_log("run")[1]["outside"]
+
+
 @pytest.mark.filterwarnings("ignore:std")
 def test_a_reward_without_spread_is_refused(world):
     message = run_script(focus_n_fix, *short_run(world, "--pool", 1))

@@ -83,7 +83,7 @@ def test_refls_gradient_is_that_of_a_graph_cut_by_hand(world, reward, family):
         torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-5 * h.abs().max().item())
 
 
-@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize("family", ["sd", "flux", "sd35", "z_image"])
 def test_the_end_of_the_sampler_has_the_gradient_of_its_own_steps_alone(world, family):
     """sample(..., grad=True) against the last two steps by hand, and nothing before them."""
     model = load_model(getattr(world, family), CPU)
@@ -103,7 +103,14 @@ def test_the_end_of_the_sampler_has_the_gradient_of_its_own_steps_alone(world, f
     x = prefix.detach()
     for i in (3, 4):
         t = scheduler.timesteps[i]
-        if model.is_flow:
+        if family == "sd35":
+            velocity = model.denoiser(x, timestep=t.expand(2), **cond).sample
+        elif family == "z_image":
+            frames = list(x.unsqueeze(2))
+            prompts = list(cond["states"].split(cond["lengths"].tolist()))
+            output = model.denoiser(frames, (1000 - t.expand(2)) / 1000, prompts).sample
+            velocity = -torch.stack(output).squeeze(2)
+        elif family == "flux":
             packed = model.pipe._pack_latents(x, 2, 4, 8, 8)
             ids = model.pipe._prepare_latent_image_ids(2, 4, 4, CPU, torch.float32)
             text_ids = torch.zeros(cond["encoder_hidden_states"].shape[1], 3)
@@ -111,6 +118,7 @@ def test_the_end_of_the_sampler_has_the_gradient_of_its_own_steps_alone(world, f
                 packed, timestep=t.expand(2) / 1000, img_ids=ids, txt_ids=text_ids, **cond
             ).sample
             velocity = model.pipe._unpack_latents(output, 8, 8, 1)
+        if model.is_flow:
             x = x + (scheduler.sigmas[i + 1] - scheduler.sigmas[i]) * velocity
         else:
             noise_pred = model.denoiser(x, t, **cond).sample

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, PROMPTS, ROOT, random_lora, same_tensors
+from conftest import CPU, PROMPTS, ROOT, pipeline_images, random_lora, same_tensors
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common import LORA_FILE, base_model, decode, denoise, generator, initial_latents, load_lora
-from common import load_model, make_trainable, merged
+from common import load_model, make_scheduler, make_trainable, merged, sample
 from data.prompts import condition
 from run_folder import generate
 
@@ -47,7 +47,7 @@ def lora_layers(model):
     return [layer for layer in model.denoiser.modules() if hasattr(layer, "get_base_layer")]
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "sd35", "z_image"])
 def test_base_model_is_the_base_exactly_and_merged_is_the_lora(world, family):
     model = with_lora(getattr(world, family))
     plain = load_model(getattr(world, family), CPU)
@@ -151,7 +151,7 @@ def test_a_new_lora_is_the_base_and_depends_on_the_seed_alone(world):
         assert torch.equal(denoise(model, latents, T, cond), plain)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "sd35", "z_image"])
 def test_the_saved_lora_opens_in_plain_diffusers_and_here(world, tmp_path, family):
     folder = getattr(world, family)
     model = with_lora(folder)
@@ -163,7 +163,12 @@ def test_the_saved_lora_opens_in_plain_diffusers_and_here(world, tmp_path, famil
     theirs = getattr(pipe, model.denoiser_name)
     latents, cond = start(model)
     with torch.no_grad():
-        if not model.is_flow:
+        if model.is_flow:
+            scheduler = make_scheduler(model, "euler", 4)
+            images = decode(model, sample(model, scheduler, latents, cond, 0, 4, None))
+            their_images = pipeline_images(pipe, PROMPTS, latents, 4, 1.0)
+            torch.testing.assert_close(images, their_images, rtol=0, atol=1e-5)
+        else:
             output = theirs(latents, T, **cond).sample
             torch.testing.assert_close(denoise(model, latents, T, cond), output)
         again = load_model(folder, CPU)

@@ -94,7 +94,7 @@ def test_the_hinge_loss_is_imagerewards_only(world, capsys):
     assert "imagereward" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["flux", "flux_dev", "sdxl", "sd_v"])
+@pytest.mark.parametrize("family", ["flux", "flux_dev", "sd35", "z_image", "sdxl", "sd_v"])
 def test_every_family_trains(world, family):
     words = ["--model", getattr(world, family), "--reward", "toy_pref", "--device", "cpu"]
     words += ["--prompts", world.prompts, "--test_prompts", world.one, "--lora_rank", 4, *SHORT]

@@ -3,8 +3,8 @@ guidance, prompts, schedulers, x0 predictions, and random numbers that depend on
 
 import pytest
 import torch
-from conftest import CPU, PROMPTS
-from diffusers import DDIMScheduler, DDPMScheduler, FluxPipeline
+from conftest import CPU, PROMPTS, pipeline_images
+from diffusers import DDIMScheduler, DDPMScheduler
 
 from common import add_noise, decode, decode_in_parts, denoise, diffusion_target, encode
 from common import generator, initial_latents, load_model, make_scheduler, predict_x0, sample
@@ -51,21 +51,29 @@ def test_sample_equals_the_flux_pipeline(world, family, guidance_scale):
     scheduler = make_scheduler(model, "euler", 4)
     latents, generators, cond, _ = start(model)
     ours = sample(model, scheduler, latents, cond, 0, 4, generators, guidance_scale)
-    theirs = model.pipe(
-        PROMPTS,
-        height=16,
-        width=16,
-        num_inference_steps=4,
-        guidance_scale=guidance_scale,
-        max_sequence_length=12,
-        latents=FluxPipeline._pack_latents(latents, 4, 4, 8, 8),
-        output_type="pt",
-    ).images
+    theirs = pipeline_images(model.pipe, PROMPTS, latents, 4, guidance_scale)
     torch.testing.assert_close(decode_in_parts(model, ours, 2), theirs, rtol=1e-4, atol=1e-4)
     # Guidance is an input of dev, and schnell has none.
     other = sample(model, scheduler, latents, cond, 0, 4, generators, guidance_scale + 5.0, cond)
     if family == "flux_dev":
         assert (other - ours).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("family", ["sd35", "z_image"])
+def test_sample_equals_the_pipelines_of_flows_with_usual_guidance(world, family, guidance_scale):
+    model = load_model(getattr(world, family), CPU)
+    scheduler = make_scheduler(model, "euler", 4)
+    latents, generators, cond, uncond = start(model)
+    ours = sample(model, scheduler, latents, cond, 0, 4, generators, guidance_scale, uncond)
+    theirs = pipeline_images(model.pipe, PROMPTS, latents, 4, guidance_scale)
+    torch.testing.assert_close(decode_in_parts(model, ours, 2), theirs, rtol=0, atol=1e-5)
+    # Every prompt counts, and so does the guidance.
+    shifted = condition(model, PROMPTS[1:] + PROMPTS[:1])
+    other = sample(model, scheduler, latents, shifted, 0, 4, generators, guidance_scale, uncond)
+    assert (other - ours).abs().amax((1, 2, 3)).min() > 0.01
+    other = sample(model, scheduler, latents, cond, 0, 4, generators, guidance_scale + 1, uncond)
+    assert (other - ours).abs().amax((1, 2, 3)).min() > 0.01
 
 
 def test_these_comparisons_can_fail(world):
@@ -129,7 +137,7 @@ def test_predict_x0_is_the_schedulers_own(world, family):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd", "sd_v", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sd_v", "flux", "sd35", "z_image"])
 def test_x0_noise_and_target_fit_together(world, family):
     """A model that predicted the target exactly would give the clean latents back."""
     model = load_model(getattr(world, family), CPU)
@@ -199,14 +207,15 @@ def test_no_draw_depends_on_the_batch_or_on_the_global_generator(world):
     assert len({generator(0, *purpose).initial_seed() for purpose in purposes}) == 6
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "sd35", "z_image"])
 def test_prompts_are_encoded_once_and_outlive_the_encoders(world, family):
     model = load_model(getattr(world, family), CPU)
     on_the_fly = condition(model, [*PROMPTS, None])
     encode_once(model, PROMPTS)
-    assert model.pipe.text_encoder is None
+    for name, part in model.pipe.components.items():
+        assert part is None or not name.startswith("text_encoder")
     kept = condition(model, [*PROMPTS, None])
-    key = "encoder_hidden_states"
+    key = "states" if family == "z_image" else "encoder_hidden_states"
     torch.testing.assert_close(kept[key], on_the_fly[key])
 
     # A list that is too long stays with the encoders, and gives the same.
