@@ -76,9 +76,10 @@ OURS = {
         train_steps=2000, batch_size=16, resolution=512, lr=1e-4, lora_rank=16,
         num_inference_steps=28, first_mid=20, last_mid=27, reward_scale=1e-3,
     ),
-    # From FlowBP's ReFL on this model (github.com/RuoyuWang-2077/FlowBP): updates, batch, resolution,
-    # steps and first_mid. It trains all weights, with lr 1e-5 and a guidance of 3.5. The last step,
-    # at sigma .0089, hardly changes the image, so last_mid is the step before. Rank: Flow-GRPO's.
+    # Updates, batch, resolution, steps and first_mid are those of FlowBP's ReFL on this model
+    # (github.com/RuoyuWang-2077/FlowBP), which trains all weights with lr 1e-5, under a guidance of
+    # 3.5. The rank is Flow-GRPO's. The last step, at sigma .0089, hardly changes the image, so
+    # last_mid is the one before it.
     "sd35": dict(
         train_steps=300, batch_size=64, resolution=512, lr=1e-4, lora_rank=32,
         num_inference_steps=25, first_mid=14, last_mid=23, reward_scale=1e-3,

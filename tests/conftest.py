@@ -201,7 +201,7 @@ def write_z_image(folder, seed=0):
             pad_token_id=1,
         )
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
-        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
         pipe = ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
             vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159, **NO_QUANT),

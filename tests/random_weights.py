@@ -828,7 +828,7 @@ def main():
     add = parser.add_argument
     add("names", nargs="+", choices=list(WRITERS), metavar="NAME", help=", ".join(WRITERS))
     add("--out", required=True, help="folder to write to")
-    add("--full", action="store_true", help="the published sizes: 1 to 7 GB each")
+    add("--full", action="store_true", help="the published sizes: 1 to 21 GB each")
     add("--seed", type=int, default=0, help="the random seed")
     args = parser.parse_args()
     for name in args.names:
