@@ -71,8 +71,8 @@ from transformers.utils import logging as transformers_logging
 from common import ROOT, TOY, generator, load_lora, load_model, pick_device, split_revision
 from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
-from rewards import MPS, UNREADABLE, OwnReward, PickScore, build_reward, check_own, explain
-from rewards import find_file, is_own, load_complete, load_detector
+from rewards import MPS, UNREADABLE, OwnReward, PickScore, build_reward, explain, find_file
+from rewards import is_own, load_complete, load_detector, split_own
 from run_folder import gather, generate_batches, is_main_process, joined_processes, own_part
 from run_folder import readable_errors, settings_parser, to_pil, wait_for_all, write_atomically
 from toy.oracle import correct
@@ -160,7 +160,7 @@ def split_metrics(text):
     for item in text.split(","):
         item = item.strip()
         if is_own(item):
-            check_own(item)
+            split_own(item)  # exits if there is no such file
             metrics[item] = ""
             continue
         name, _, path = item.partition(":")
@@ -461,8 +461,7 @@ def build_network(name, source, device):
 
 def load_network(name, source, device):
     if is_own(name):
-        file, _, own_name = name.partition(":")
-        return OwnReward(file, own_name, device)
+        return OwnReward(*split_own(name), device)
     try:
         return build_network(name, source or None, device)
     except (*UNREADABLE, ImportError) as error:

@@ -14,7 +14,6 @@ Your own reward needs no other line than these, for example in my_rewards.py. Pa
 my_rewards.py:warmth, or to evaluate.py as --metrics my_rewards.py:warmth:
 
     def warmth(images, prompts):
-        '''How much more red than blue each image is: (B, 3, H, W) in [0, 1] -> (B,).'''
         red = images[:, 0].mean((1, 2))
         blue = images[:, 2].mean((1, 2))
         return red - blue
@@ -181,23 +180,23 @@ def split_reward(spec):
         sys.exit(f"--reward is required with this model. Choose from {', '.join(REWARDS)}")
     parts = [split_part(text.strip()) for text in spec.split(",")]
     if len({part.name for part in parts}) < len(parts):
-        sys.exit(f"--reward {spec}: two parts have the same name, which the log could not tell apart")
+        sys.exit(f"--reward {spec}: two parts have the same name, so the log cannot tell them apart")
     return parts
 
 
 def split_part(text):
     """ "pick:FOLDER=0.5" -> RewardPart. The number after the last "=" is the weight."""
     text, weight = re.fullmatch(r"(.*?)(?:=(-?\d*\.?\d+(?:e-?\d+)?))?", text).groups()
-    name, _, path = text.partition(":")
-    options = dict(weight=float(weight or 1))
+    weight = float(weight or 1)
     if is_own(text):
-        check_own(text)
-        return RewardPart(path, file=name, **options)
+        file, name = split_own(text)
+        return RewardPart(name, file=file, weight=weight)
+    name, _, path = text.partition(":")
     if name not in REWARDS:
         sys.exit(f"--reward {name}: no such reward. Choose from {', '.join(REWARDS)}")
     if path and not os.path.exists(path):
         sys.exit(f"--reward {text}: {path} does not exist")
-    return RewardPart(name, path or None, **options)
+    return RewardPart(name, path or None, weight=weight)
 
 
 def is_sum(parts):
@@ -213,10 +212,10 @@ def known_reward(spec):
 
 
 class WeightedSum:
-    """The sum of weight * r' over its parts: what each would be trained on alone, times a number.
+    """The sum of weight * r', where each part has its own map r' = (r - shift) / scale.
 
-    r' = (r - shift) / scale is that of the part's RewardRange, so adding a part to a sum leaves
-    the pull of the others as it was. The log shows the raw r of every part.
+    So a part pulls as hard as it would alone in ReFL's loss, times its weight, and adding another
+    part leaves it as it was. The log has the raw r of every part. A weight of 0 only logs it.
 
     rewards, ranges, weights: {name: value}
     """
@@ -256,8 +255,9 @@ class OwnReward:
 
     def __init__(self, file, name, device):
         self.spec = f"{file}:{name}"
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look for their module here
         spec.loader.exec_module(module)
         if not hasattr(module, name):
             sys.exit(f"{self.spec}: {file} defines no {name}")
@@ -282,13 +282,14 @@ def is_own(text):
     return text.partition(":")[0].endswith(".py")
 
 
-def check_own(text):
-    """Exits unless text is FILE.py:NAME and there is such a file."""
+def split_own(text):
+    """ "FILE.py:NAME" -> FILE.py, which must exist, and NAME."""
     file, _, name = text.partition(":")
     if not os.path.isfile(file):
         sys.exit(f"{text}: there is no file {file}")
     if not name:
         sys.exit(f"{text}: add a colon and the name of your function or class, as in {file}:score")
+    return file, name
 
 
 # --------------------------------------------------------------------------------------------------
