@@ -73,7 +73,7 @@ import math
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -84,11 +84,11 @@ from common import ROOT, base_model, decode_in_parts, denoise, generator, initia
 from common import load_model, make_scheduler, make_trainable, pick_device, predict_x0
 from data.items import read_items, token_span, write_items
 from data.prompts import condition, encode_once, read_prompts
-from rewards import REWARDS, load_reward
-from run_folder import Run, check_out, chosen_model, gather, held_out, is_main_process
-from run_folder import joined_processes, own_part, print_settings, readable_errors, run_name
-from run_folder import save_grid, score, settings_for, settings_parser, sum_gradients, sum_processes
-from run_folder import write_atomically
+from rewards import REWARD_HELP, load_reward
+from run_folder import Run, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
+from run_folder import reward_columns, run_name, save_grid, score_with_parts, settings_for
+from run_folder import settings_parser, sum_gradients, sum_processes, write_atomically
 
 NAME = "dfusion_dpo"  # names the run folder and the progress bar; change it in a fork
 # Table 3: 4 x 160 images of 40 prompts per round, 25,600 in total. The LoRA rank is from the
@@ -125,7 +125,7 @@ def parse_args(argv=None):
     parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH loads the weights from PATH")
+    add("--reward", help=f"{REWARD_HELP}; it needs no gradient")
     add("--algo", choices=("dpo", "ddpo", "dpok"), default="dpo", help="Eq. 6, 8 or 9")
     add("--naive", action="store_true", help="do not fuse: train on references and bases")
     add(
@@ -576,6 +576,7 @@ class Samples:
     trajectories: torch.Tensor  # (B, T+1, C, h, w), fp32
     images: torch.Tensor  # (B, 3, H, W) in [0, 1]
     rewards: torch.Tensor  # (B,)
+    parts: dict = field(default_factory=dict)  # of a sum, for the log: {"reward_hps": (B,), ...}
 
     def __getitem__(self, indices):
         return Samples(self.trajectories[indices], self.images[indices], self.rewards[indices])
@@ -621,8 +622,9 @@ def score_trajectories(args, model, reward, prompt, trajectories):
     """Decodes the last latents of trajectories and scores the images -> Samples."""
     images = decode_in_parts(model, trajectories[:, -1].to(model.device), args.micro_batch)
     prompts = [prompt] * len(images)
-    rewards = score(reward, images.to(model.device), prompts, args.micro_batch)
-    return Samples(trajectories, images, rewards)
+    rewards = score_with_parts(reward, images.to(model.device), prompts, args.micro_batch)
+    columns = reward_columns(reward, rewards)
+    return Samples(trajectories, images, columns.pop("reward"), columns)
 
 
 def choose(rewards):
@@ -711,7 +713,7 @@ def sample_round(args, model, scheduler, reward, rows, plan, history, number):
         base = samples[bases]
         preferred = reference
         pictures = [base.images[0], reference.images[0]]
-        stats = dict(reward=samples.rewards, reward_b=base.rewards)
+        stats = dict(reward=samples.rewards, reward_b=base.rewards, **samples.parts)
 
         if not args.naive:
             # Mark the items in the references, at every step.
@@ -985,8 +987,8 @@ def main(args):
             print(f"thresholds: {run.dir / 'prompts.json'}, and what they mark: {picture}")
             print("  If they miss the items, edit the file and start again with --prompts FILE")
         before = held_out(run, model, reward, test_prompts, step=0)
-        print(f"held-out {args.reward} before: {before:.4f}")
-        print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
+        print(f"held-out {args.reward} before: {describe_reward(before)}")
+        print(f"  ({reward_range})")
         resting_loss = "ln 2 = 0.693" if args.algo == "dpo" else "0"
         print(f"The loss stays near {resting_loss} however well the model learns: read test_reward")
 
@@ -1097,7 +1099,7 @@ def main(args):
         )
         is_snapshot = step % args.save_every == 0 or step == args.train_steps
         if is_snapshot:
-            stats["test_reward"] = held_out(run, model, reward, test_prompts, step)
+            stats.update(held_out(run, model, reward, test_prompts, step))
         run.log(step, **stats)
         progress.set_postfix(
             reward=f"{stats['reward']:.4f}", accuracy=f"{stats['accuracy']:.3f}"
@@ -1114,8 +1116,8 @@ def main(args):
             )
 
     # From the log, because a resumed run may have had nothing left to do.
-    after = run.read_log()[-1]["test_reward"]
-    print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
+    after = describe_reward(run.read_log()[-1])
+    print(f"held-out {args.reward} after:  {after}; pictures: {run.dir / 'samples'}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from data.augment import augment
 from data.images import image_batches, image_data
 from data.labels import Labelled, overlay, read_labels
 from data.prompts import condition, encode_once, read_prompts
-from rewards import REWARDS, Detector, load_detector, load_reward
+from rewards import REWARD_HELP, Detector, load_detector, load_reward
 from run_folder import Run, SettingsHelp, check_out, chosen_model, gather, held_out_images
 from run_folder import is_main_process, joined_processes, num_processes, own_part, print_settings
 from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser
@@ -170,7 +170,7 @@ def add_treat_settings(parser, argv):
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
     add("--detector", help="folder, hub id, or the released ad_pytorch_model.bin")
-    add("--reward", help=f"logged but not trained on: {', '.join(REWARDS)}; or name:PATH")
+    add("--reward", help=f"logged but not trained on: {REWARD_HELP}")
     add("--pixels", choices=PIXELS, default="mean", help="train on all, the worst, or those > 0.1")
     add("--prompts", help="text file, one prompt per line")
     add("--test_prompts", help="held-out prompts; by default the last 100 of --prompts; we use 16")

@@ -6,12 +6,14 @@ A folder holds images and a metadata.jsonl with one line per image:
 
 "prompt_id" and "seed" are optional. combined_sample.py writes such folders, but the images can come
 from anywhere. They are read as 8-bit RGB; transparency is dropped, and EXIF rotation is ignored. A
-colon sets the weights of a metric, for example hps:FILE or mps:FOLDER.
+colon sets the weights of a metric, for example hps:FILE or mps:FOLDER. Your own metric is
+FILE.py:NAME, a function or class as --reward takes it: see rewards.py.
 
 Quality: the mean over prompts of the mean over the images of a prompt
   hps pick clip clip_h    HPSv2.1, PickScore, and CLIPScore of ViT-B/32 and ViT-H/14. Papers report
                           the cosines (all but PickScore) times 100; we do not
   imagereward             ImageReward; imagereward_raw is the same without its normalization
+  aesthetic               LAION's aesthetic predictor, which ignores the prompt, from 1 to 10
   mps                     MPS, condition "overall", with the threshold 0.01 for text tokens, as in
                           ImageReFL; mps_0.3 has the threshold of its authors' evaluation. We choose
                           the tokens for each image, ImageReFL's code for each batch
@@ -44,7 +46,8 @@ Drift: the first folder against each of the others, image by image for the same 
 
 Intervals are 95% bootstrap intervals over prompts. If a folder has the same prompts and seeds as
 the first one, we also print its differences from the first, paired by prompt. Features are cached
-in FOLDER/.evaluate, and computed again if the images, prompts, weights or this code change.
+in FOLDER/.evaluate, and computed again if the images, prompts, weights or this code change. The
+scores of your own metrics are not cached, because we cannot see all that they depend on.
 
   $ python evaluate.py images/base images/tuned --metrics toy_pref,toy_correct,dino_div
   $ python evaluate.py --over_steps runs/refl-toy-toy_pref --metrics toy_pref,dino_div --plot a.png
@@ -68,8 +71,8 @@ from transformers.utils import logging as transformers_logging
 from common import ROOT, TOY, generator, load_lora, load_model, pick_device, split_revision
 from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
-from rewards import MPS, UNREADABLE, PickScore, build_reward, explain, find_file, load_complete
-from rewards import load_detector
+from rewards import MPS, UNREADABLE, OwnReward, PickScore, build_reward, explain, find_file
+from rewards import is_own, load_complete, load_detector, split_own
 from run_folder import gather, generate_batches, is_main_process, joined_processes, own_part
 from run_folder import readable_errors, settings_parser, to_pil, wait_for_all, write_atomically
 from toy.oracle import correct
@@ -80,8 +83,8 @@ from toy.scenes import parse_caption
 transformers_logging.set_verbosity_error()
 
 QUALITY = (
-    "hps", "pick", "imagereward", "imagereward_raw", "mps", "mps_0.3", "clip", "clip_h",
-    "toy_pref", "toy_pref_b", "toy_clip", "toy_correct",
+    "hps", "pick", "imagereward", "imagereward_raw", "mps", "mps_0.3", "aesthetic", "clip",
+    "clip_h", "toy_pref", "toy_pref_b", "toy_clip", "toy_correct",
 )
 ARTIFACTS = ("artifact_mean", "artifact_max")  # the two columns of the detector's values
 DISTANCES = ("fid", "frechet_toy", "cov_dist", "log_cov_dist")
@@ -141,7 +144,7 @@ def parse_args(argv=None):
         sys.exit(f"--metrics {distances[0]} needs --reference, a folder of images to compare with")
     if "drift" in args.metrics and len(args.folders) == 1:
         sys.exit("--metrics drift needs two folders with the same prompts and seeds")
-    has_y = any(name in QUALITY or name in ARTIFACTS for name in args.metrics)
+    has_y = any(is_quality(name) or name in ARTIFACTS for name in args.metrics)
     has_x = any(name == "dino_div" or name in DISTANCES for name in args.metrics)
     if args.plot and not args.over_steps and not (has_x and has_y):
         sys.exit("--plot needs a metric of quality or artifacts, and one of diversity or distance")
@@ -152,10 +155,15 @@ def parse_args(argv=None):
 
 
 def split_metrics(text):
-    """ "toy_pref,hps:FILE" -> {"toy_pref": "", "hps": "FILE"}."""
+    """ "toy_pref,hps:FILE" -> {"toy_pref": "", "hps": "FILE"}. FILE.py:NAME is a name itself."""
     metrics = {}
     for item in text.split(","):
-        name, _, path = item.strip().partition(":")
+        item = item.strip()
+        if is_own(item):
+            split_own(item)  # exits if there is no such file
+            metrics[item] = ""
+            continue
+        name, _, path = item.partition(":")
         if name not in NETWORK:
             sys.exit(f"--metrics {name}: no such metric. Choose from {', '.join(NETWORK)}")
         if path and NETWORK[name] in ("dino", "detector", "toy_correct"):
@@ -164,6 +172,15 @@ def split_metrics(text):
             sys.exit(f"--metrics {name}:{path}: {path} does not exist")
         metrics[name] = path
     return metrics
+
+
+def network_of(metric):
+    """The network that a metric is computed from. Your own metric is its own network."""
+    return metric if is_own(metric) else NETWORK[metric]
+
+
+def is_quality(metric):
+    return metric in QUALITY or is_own(metric)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,9 +444,9 @@ def build_network(name, source, device):
         return artifacts(source, device)
     if name == "inception":
         return Inception(source, device)
-    if name in ("mps", "mps_0.3"):
+    if name == "mps_0.3":
         file = find_file(source, ["model.safetensors"], "RE-N-Y/mpsv1")
-        return MPS(file, device, threshold=0.3 if name == "mps_0.3" else 0.01)
+        return MPS(file, device, threshold=0.3, dtype=torch.float32)
     if name == "toy_correct":
         return verdicts
     if name == "toy_pref_b":
@@ -443,6 +460,8 @@ def build_network(name, source, device):
 
 
 def load_network(name, source, device):
+    if is_own(name):
+        return OwnReward(*split_own(name), device)
     try:
         return build_network(name, source or None, device)
     except (*UNREADABLE, ImportError) as error:
@@ -534,14 +553,17 @@ def features_of(folders, names, sources, device, batch_size):
         # Load a network when the first folder needs it. Only one is in memory at a time.
         network = None
         for folder, rows in folders.items():
-            key = fingerprint(name, sources[name], device, folder, rows)
-            cache = Path(folder) / ".evaluate" / f"{name}.safetensors"
-            features = read_cache(cache, key)
+            # We cannot see all files that your own metric reads, so it is never cached.
+            features = None
+            if not is_own(name):
+                key = fingerprint(name, sources[name], device, folder, rows)
+                cache = Path(folder) / ".evaluate" / f"{name}.safetensors"
+                features = read_cache(cache, key)
             if features is None:
                 if network is None:
                     network = load_network(name, sources[name], device)
                 features = compute_features(network, name, folder, rows, device, batch_size)
-                if is_main_process():
+                if is_main_process() and not is_own(name):
                     write_cache(cache, features, key)
             table[folder, name] = features
     return table
@@ -656,12 +678,12 @@ def measure(folders, metrics, sources, device, reference=None, batch_size=32):
 
     # Run every network once over every folder, and over the reference if it is needed.
     names = [name for name in metrics if name != "drift"]
-    networks = list(dict.fromkeys(NETWORK[name] for name in names))
+    networks = list(dict.fromkeys(network_of(name) for name in names))
     features = features_of(folders, networks, sources, device, batch_size)
     of_reference = {}
     if any(name in DISTANCES for name in names):
         (reference_folder,) = reference
-        networks = list(dict.fromkeys(NETWORK[name] for name in names if name in DISTANCES))
+        networks = list(dict.fromkeys(network_of(name) for name in names if name in DISTANCES))
         table = features_of(reference, networks, sources, device, batch_size)
         of_reference = {name: table[reference_folder, name] for name in networks}
 
@@ -669,7 +691,7 @@ def measure(folders, metrics, sources, device, reference=None, batch_size=32):
     for folder, rows in folders.items():
         own = {}
         for name in names:
-            network = NETWORK[name]
+            network = network_of(name)
             values = features[folder, network]
             own[name] = summarize(name, values, prompt_ids_of(rows), of_reference.get(network))
         results["folders"][folder] = own
@@ -915,7 +937,7 @@ def plot(results, path, steps=None):
     panels = metrics
     x_metric = None
     if not steps:
-        panels = [name for name in metrics if name in QUALITY or name in ARTIFACTS]
+        panels = [name for name in metrics if is_quality(name) or name in ARTIFACTS]
         x_metric = [name for name in metrics if name == "dino_div" or name in DISTANCES][0]
     width = 4 * len(panels)
     figure, axes = plt.subplots(
@@ -951,7 +973,7 @@ def all_toy_images(folders):
 
 def choose_networks(args, folders):
     """Sets the defaults of --dino and --detector -> {network: its weights}."""
-    networks = {NETWORK[name] for name in args.metrics}
+    networks = {network_of(name) for name in args.metrics}
     is_toy = all_toy_images(folders)
     if args.dino is None:
         args.dino = "toy" if is_toy else "facebook/dino-vits16"
@@ -961,7 +983,7 @@ def choose_networks(args, folders):
         sys.exit("--detector is required: toy/detector knows only the toy world's images")
     if "frechet_toy" in args.metrics and args.dino != "toy":
         sys.exit("--metrics frechet_toy is defined by toy/dino: pass --dino toy")
-    sources = {NETWORK[name]: path for name, path in args.metrics.items()}
+    sources = {network_of(name): path for name, path in args.metrics.items()}
     sources.update(dino=args.dino, detector=args.detector)
     for name, folder in TOY_FOLDER.items():
         if sources.get(name) in (None, "", "toy"):
@@ -984,7 +1006,7 @@ def main(args):
     sources = choose_networks(args, {**folders, **reference})
     metrics = list(args.metrics)
     results = measure(folders, metrics, sources, device, reference, args.batch_size)
-    networks = {NETWORK[name] for name in metrics}
+    networks = {network_of(name) for name in metrics}
     shown = dict(
         dino=args.dino if "dino" in networks else None,
         detector=args.detector if "detector" in networks else None,

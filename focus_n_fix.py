@@ -58,10 +58,11 @@ from common import TOY, base_model, decode, decode_in_parts, denoise, generator,
 from common import load_model, make_scheduler, make_trainable, merged, pick_device, sample
 from common import scheduler_step
 from data.prompts import condition, encode_once, read_prompts
-from rewards import REWARDS, Detector, PickScore, load_detector, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, gather, held_out, is_main_process
-from run_folder import joined_processes, own_part, print_settings, readable_errors, run_name
-from run_folder import save_grid, score, settings_for, settings_parser, sum_gradients, sum_processes
+from rewards import REWARD_HELP, Detector, PickScore, known_reward, load_detector, load_reward
+from run_folder import Run, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
+from run_folder import reward_means, run_name, save_grid, score, settings_for, settings_parser
+from run_folder import sum_gradients, sum_processes, with_parts
 
 NAME = "focus_n_fix"  # names the run folder and the progress bar; change it in a fork
 PAPER = {  # second-hand: from summaries by others, not from the abstract. SD 1.4 is its main model
@@ -98,6 +99,7 @@ OURS = {  # ours, except for these two values
 }
 THRESHOLD = dict(heatmap=0.2, saliency=0.5)
 LEVEL = 1 / 255  # one step of an 8-bit picture
+CLIPS = ("toy_pref", "toy_clip", "hps", "pick", "clip", "clip_h")  # rewards that are a CLIP
 SPREAD_PAIRS = 64  # the pairs whose I0 gives the mean and the spread of the reward
 SHOWN = 8  # held-out images in the pictures I0 | M | I | difference
 WEIGHTS = dict(base=base_model, tuned=merged)  # what --prefix can name
@@ -107,7 +109,7 @@ def parse_args(argv=None):
     parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"artifact, {', '.join(REWARDS)}; default: artifact, or a CLIP")
+    add("--reward", help=f"artifact, {REWARD_HELP}; default: artifact, or a CLIP")
     add("--concept", nargs=2, metavar=("BAD", "GOOD"), help="an unwanted text and a neutral one")
     add("--region", choices=tuple(THRESHOLD), help="by default heatmap, or saliency with --concept")
     add("--detector", help="artifact detector: a folder, a hub id or a file of weights")
@@ -152,11 +154,12 @@ def parse_args(argv=None):
     if args.detector is None and needs_detector and args.model == "toy":
         args.detector = f"{TOY}/detector"
 
-    if args.reward != "artifact":
-        split_reward(args.reward)
+    # known_reward exits if there is no such reward.
+    has_clip = args.reward != "artifact" and known_reward(args.reward) in CLIPS
     needs_clip = args.concept or args.region == "saliency"
-    if needs_clip and args.reward.partition(":")[0] in ("artifact", "imagereward"):
-        parser.error(f"--concept and --region saliency need a CLIP, unlike --reward {args.reward}")
+    if needs_clip and not has_clip:
+        names = ", ".join(CLIPS)
+        parser.error(f"--concept and --region saliency need a CLIP as --reward, one of {names}")
     if needs_detector and args.detector is None:
         parser.error("--detector is required, unless you pass --concept BAD GOOD")
     if args.detector is not None and not needs_detector:
@@ -576,7 +579,7 @@ def main(args):
     )
     if run.start == 0:
         before = held_out(run, model, reward, test_prompts, step=0)
-        print(f"held-out {args.reward} before: {before:.4f}")
+        print(f"held-out {args.reward} before: {describe_reward(before)}")
         compare_with_base(step=0)
 
     # Those of flows are not whole numbers.
@@ -625,7 +628,7 @@ def main(args):
             loss = loss * len(r) / args.batch_size
             loss.backward()
             total_loss += loss.detach()
-            rewards.append(r.detach())
+            rewards.append(with_parts(reward, r))
 
             # For the log: how far the images moved, and how much each step learns.
             images = images.detach()
@@ -658,7 +661,7 @@ def main(args):
         # Log the update, with samples of held-out prompts at every snapshot.
         stats = dict(
             loss=total_loss.item(),
-            reward=rewards.mean().item(),
+            **reward_means(reward, rewards),
             base_reward=base_reward.mean().item(),
             grad_norm=grad_norm,
             grad_rms=grad_norm / num_params**0.5,
@@ -672,7 +675,7 @@ def main(args):
         )
         is_snapshot = step % args.save_every == 0 or step == args.train_steps
         if is_snapshot:
-            stats["test_reward"] = held_out(run, model, reward, test_prompts, step)
+            stats.update(held_out(run, model, reward, test_prompts, step))
             stats.update(compare_with_base(step=step))
         run.log(step, **stats)
         progress.set_postfix(loss=f"{stats['loss']:.2e}", reward=f"{stats['reward']:.3f}")
@@ -682,8 +685,8 @@ def main(args):
             run.save(step, model, params, optimizer)
 
     # From the log, because a resumed run may have had nothing left to do.
-    after = run.read_log()[-1]["test_reward"]
-    print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
+    after = describe_reward(run.read_log()[-1])
+    print(f"held-out {args.reward} after:  {after}; pictures: {run.dir / 'samples'}")
 
 
 if __name__ == "__main__":

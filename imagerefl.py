@@ -50,10 +50,11 @@ from common import initial_latents, load_model, make_scheduler, make_trainable, 
 from common import pick_device, predict_x0, sample
 from data.images import image_batches, image_data
 from data.prompts import condition, encode_once, read_prompts
-from rewards import REWARDS, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, gather, held_out, is_main_process
-from run_folder import joined_processes, own_part, print_settings, readable_errors, run_name
-from run_folder import settings_for, settings_parser, sum_gradients, sum_processes
+from rewards import REWARD_HELP, known_reward, load_reward
+from run_folder import Run, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
+from run_folder import reward_means, run_name, settings_for, settings_parser, sum_gradients
+from run_folder import sum_processes, with_parts
 
 NAME = "imagerefl"  # names the run folder and the progress bar; change it in a fork
 # From section 5; start and mid are from the code. The paper's 40 "epochs" are 4000 updates if one
@@ -91,8 +92,7 @@ def parse_args(argv=None):
     parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH loads the weights from PATH; required"
-        " except with toy models")
+    add("--reward", help=f"{REWARD_HELP}; required except with toy models")
     add("--data", help="image folder with metadata.jsonl; without it, COCO, fetched as needed")
     add("--prompts", help="prompts for the ReFL steps, one per line; without it, --data's captions")
     add("--test_prompts", help="held-out prompts; we use the first 16; without it, COCO's captions."
@@ -125,8 +125,8 @@ def parse_args(argv=None):
     # The toy world has more training prompts than its images have captions.
     if args.prompts is None and args.data == f"{TOY}/images":
         args.prompts = f"{TOY}/prompts_train.txt"
-    # split_reward exits if there is no such reward.
-    split_reward(args.reward)
+    # known_reward exits if there is no such reward.
+    known_reward(args.reward)
     if not 0 <= args.start <= args.first_mid <= args.last_mid < args.num_inference_steps:
         parser.error("0 <= start <= first_mid <= last_mid < num_inference_steps must hold")
     args.out = args.out or run_name(NAME, args)
@@ -200,8 +200,8 @@ def main(args):
     run.resume(params, optimizer)
     if run.start == 0:
         before = held_out(run, model, reward, test_prompts, step=0)
-        print(f"held-out {args.reward} before: {before:.4f}")
-        print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
+        print(f"held-out {args.reward} before: {describe_reward(before)}")
+        print(f"  ({reward_range})")
 
     # Draw the images for all remaining updates now, so that the data loader can read ahead.
     steps = range(run.start + 1, args.train_steps + 1)
@@ -265,7 +265,7 @@ def main(args):
             loss = loss * len(r) / args.batch_size
             loss.backward()
             total_loss += loss.detach()
-            rewards.append(r.detach())
+            rewards.append(with_parts(reward, r))
 
             # The diffusion loss gets its own backward pass, so memory holds one graph at a time.
             if from_images and args.diffusion_weight:
@@ -294,7 +294,7 @@ def main(args):
         # Log the update, with samples of held-out prompts at every snapshot.
         stats = dict(
             loss=total_loss.item(),
-            reward=rewards.mean().item(),
+            **reward_means(reward, rewards),
             grad_norm=grad_norm,
             grad_rms=grad_norm / num_params**0.5,
             mid=mid,
@@ -305,7 +305,7 @@ def main(args):
             stats["mse"] = sum_processes(torch.stack(weighted_mses).sum()).item() / args.batch_size
         is_snapshot = step % args.save_every == 0 or step == args.train_steps
         if is_snapshot:
-            stats["test_reward"] = held_out(run, model, reward, test_prompts, step)
+            stats.update(held_out(run, model, reward, test_prompts, step))
         run.log(step, **stats)
         progress.set_postfix(loss=f"{stats['loss']:.2e}", reward=f"{stats['reward']:.3f}")
 
@@ -314,8 +314,8 @@ def main(args):
             run.save(step, model, params, optimizer)
 
     # From the log, because a resumed run may have had nothing left to do.
-    after = run.read_log()[-1]["test_reward"]
-    print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
+    after = describe_reward(run.read_log()[-1])
+    print(f"held-out {args.reward} after:  {after}; pictures: {run.dir / 'samples'}")
 
 
 if __name__ == "__main__":

@@ -43,10 +43,11 @@ from tqdm import tqdm
 from common import TOY, decode, denoise, generator, initial_latents, load_model, make_scheduler
 from common import make_trainable, merged, pick_device, predict_x0, sample
 from data.prompts import condition, encode_once, read_prompts
-from rewards import REWARDS, load_reward, split_reward
-from run_folder import Run, check_out, chosen_model, gather, held_out, is_main_process
-from run_folder import joined_processes, own_part, print_settings, readable_errors, run_name
-from run_folder import settings_for, settings_parser, sum_gradients, sum_processes
+from rewards import REWARD_HELP, known_reward, load_reward
+from run_folder import Run, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
+from run_folder import reward_means, run_name, settings_for, settings_parser, sum_gradients
+from run_folder import sum_processes, with_parts
 
 NAME = "refl"  # names the run folder and the progress bar; change it in a fork
 # From ImageReFL's section 5 and its code, where ReFL runs 20 "epochs" of 100 updates. lora_rank 0,
@@ -108,8 +109,7 @@ def parse_args(argv=None):
     parser = settings_parser(NAME, __doc__)
     add = parser.add_argument
     add("--model", default="toy", help=f"{', '.join(OURS)}, a diffusers folder or a hub id")
-    add("--reward", help=f"{', '.join(REWARDS)}; name:PATH loads the weights from PATH; required"
-        " except with toy models")
+    add("--reward", help=f"{REWARD_HELP}; required except with toy models")
     add("--loss", choices=("linear", "hinge"), default="linear", help="minimize -r' or relu(2 - r)")
     add("--prompts", help="text file, one prompt per line; without it, COCO's captions (241 MB)")
     add("--test_prompts", help="held-out prompts; we use the first 16; without it, COCO's captions")
@@ -135,8 +135,8 @@ def parse_args(argv=None):
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
 
-    # split_reward exits if there is no such reward.
-    reward_name, _ = split_reward(args.reward)
+    # known_reward exits if there is no such reward.
+    reward_name = known_reward(args.reward)
     if args.loss == "hinge" and reward_name != "imagereward":
         parser.error("--loss hinge fits only the scale of --reward imagereward")
     if not 0 <= args.first_mid <= args.last_mid < args.num_inference_steps:
@@ -207,8 +207,8 @@ def main(args):
     run.resume(params, optimizer)
     if run.start == 0:
         before = held_out(run, model, reward, test_prompts, step=0)
-        print(f"held-out {args.reward} before: {before:.4f}")
-        print(f"  (known range {reward_range.low:g} to {reward_range.high:g})")
+        print(f"held-out {args.reward} before: {describe_reward(before)}")
+        print(f"  ({reward_range})")
 
     steps = range(run.start + 1, args.train_steps + 1)
     progress = tqdm(
@@ -250,7 +250,7 @@ def main(args):
             loss = loss * len(r) / args.batch_size
             loss.backward()
             total_loss += loss.detach()
-            rewards.append(r.detach())
+            rewards.append(with_parts(reward, r))
 
         # With several processes, add up their gradients, and collect what they log. Every loss is
         # divided by the size of the whole batch, so this is a sum, and not a mean as in DDP.
@@ -270,7 +270,7 @@ def main(args):
         # Log the update, with samples of held-out prompts at every snapshot.
         stats = dict(
             loss=total_loss.item(),
-            reward=rewards.mean().item(),
+            **reward_means(reward, rewards),
             grad_norm=grad_norm,
             grad_rms=grad_norm / num_params**0.5,
             mid=mid,
@@ -279,7 +279,7 @@ def main(args):
         )
         is_snapshot = step % args.save_every == 0 or step == args.train_steps
         if is_snapshot:
-            stats["test_reward"] = held_out(run, model, reward, test_prompts, step)
+            stats.update(held_out(run, model, reward, test_prompts, step))
         run.log(step, **stats)
         progress.set_postfix(loss=f"{stats['loss']:.2e}", reward=f"{stats['reward']:.3f}")
 
@@ -288,8 +288,8 @@ def main(args):
             run.save(step, model, params, optimizer)
 
     # From the log, because a resumed run may have had nothing left to do.
-    after = run.read_log()[-1]["test_reward"]
-    print(f"held-out {args.reward} after:  {after:.4f}; pictures: {run.dir / 'samples'}")
+    after = describe_reward(run.read_log()[-1])
+    print(f"held-out {args.reward} after:  {after}; pictures: {run.dir / 'samples'}")
 
 
 if __name__ == "__main__":

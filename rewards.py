@@ -1,16 +1,27 @@
-"""The judges: rewards, the artifact detector, and MPS. Each loads its published checkpoint.
+"""The judges: rewards and the artifact detector. Each loads its published checkpoint.
 
   reward, reward_range = load_reward("hps", device)
   r = reward(images, prompts)     images (B, 3, H, W) in [0, 1], B prompts -> (B,), differentiable
 
-  "name"         the published weights, from the hub or its local cache
-  "name:PATH"    weights in the same layout, from a file or folder
+  "name"              the published weights, from the hub or its local cache
+  "name:PATH"         weights in the same layout, from a file or folder
+  "FILE.py:NAME"      your own: a function as above, or a class, which we build as NAME(device)
+  "hps=1,pick=0.5"    a weighted sum of any of these; without a number, the weight is 1
 
-To plug in your own reward, write a callable like this, build it in `build_reward`, and give it a
-line in REWARDS. Missing or mismatched weights are an error, never random numbers.
+Missing or mismatched weights are an error, never random numbers. A path cannot contain a comma.
+
+Your own reward needs no other line than these, for example in my_rewards.py. Pass it as --reward
+my_rewards.py:warmth, or to evaluate.py as --metrics my_rewards.py:warmth:
+
+    def warmth(images, prompts):
+        red = images[:, 0].mean((1, 2))
+        blue = images[:, 2].mean((1, 2))
+        return red - blue
 """
 
+import importlib.util
 import json
+import math
 import os
 import pickle
 import re
@@ -28,7 +39,7 @@ from safetensors.torch import load_file
 from torchvision.transforms import InterpolationMode
 from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, BertTokenizer
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from transformers.utils import cached_file
 
@@ -39,9 +50,16 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and MPS are built on it
+CLIP_VIT_L = "openai/clip-vit-large-patch14"  # the aesthetic predictor is built on it
 OPENAI_CLIP = "timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors"
 TRANSFORMERS_FILES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
 OPEN_CLIP_FILES = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+# The same file under the names that the hub and its authors gave it.
+AESTHETIC_FILES = [
+    "aesthetic-model.pth",
+    "sac+logos+ava1-l14-linearMSE.pth",
+    "sac+logos+ava1-l14-linearMSE.safetensors",
+]
 MORE_THAN_TENSORS = "more than plain tensors; we never run code"
 # What the libraries raise if a weights file is missing, damaged or made for another network.
 UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
@@ -51,14 +69,20 @@ UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
 class RewardRange:
     """The known range of a reward, and the map r' = (r - shift) / scale that the losses use.
 
-    The map is ImageReFL's: it brings toy_pref and pick to about [0, 1], and is the identity for the
-    others. It is affine and constant, so it changes the gradient's scale and nothing else.
+    The map is ImageReFL's. It brings toy_pref, pick and mps, and in the same way aesthetic, to
+    about [0, 1], and is the identity for the others. It is affine and constant, so it changes the
+    gradient's scale and nothing else.
     """
 
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
     shift: float = 0.0
     scale: float = 1.0
+
+    def __str__(self):
+        if math.isnan(self.low):
+            return "no known range"
+        return f"known range {self.low:g} to {self.high:g}"
 
 
 REWARDS = {
@@ -67,9 +91,15 @@ REWARDS = {
     "hps": RewardRange(0.25, 0.38),  # HPSv2.1
     "pick": RewardRange(20.0, 24.0, shift=20.0, scale=10.0),  # PickScore
     "imagereward": RewardRange(-2.0, 2.0),
+    "mps": RewardRange(10.0, 16.0, scale=10.0),  # MPS, condition "overall"
+    "aesthetic": RewardRange(4.0, 7.0, scale=10.0),  # LAION's predictor, on a scale of 1 to 10
     "clip": RewardRange(0.25, 0.35),  # CLIPScore of ViT-B/32: a cosine
     "clip_h": RewardRange(0.25, 0.4),  # CLIPScore of ViT-H/14
 }
+REWARD_HELP = (
+    f"{', '.join(REWARDS)}; name:PATH loads the weights from PATH; FILE.py:NAME is your own;"
+    " hps=1,pick=0.5 is a weighted sum"
+)
 
 
 def build_reward(name, path, device, dtype=None):
@@ -87,10 +117,18 @@ def build_reward(name, path, device, dtype=None):
         return ClipScore("ViT-H-14", path=file, pad=True, **options)
     if name == "pick":
         # PickScore was published without a processor, so it uses that of the CLIP it started from.
-        processor = find_tokenizer(path, CLIP_VIT_H) if path else CLIP_VIT_H
+        processor = CLIP_VIT_H
+        if path:
+            processor = find_beside("tokenizer_config.json", path, CLIP_VIT_H)
         return PickScore(path or "yuvalkirstain/PickScore_v1", processor, **options)
     if name == "imagereward":
         return ImageReward(find_file(path, ["ImageReward.pt"], "THUDM/ImageReward"), **options)
+    if name == "mps":
+        return MPS(find_file(path, ["model.safetensors"], "RE-N-Y/mpsv1"), **options)
+    if name == "aesthetic":
+        return Aesthetic(
+            find_file(path, AESTHETIC_FILES, "trl-lib/ddpo-aesthetic-predictor"), **options
+        )
     file = find_file(path, OPEN_CLIP_FILES) if path else None
     if name == "clip":
         return ClipScore("ViT-B-32-quickgelu", tag="openai", path=file, **options)
@@ -100,24 +138,158 @@ def build_reward(name, path, device, dtype=None):
 
 
 def load_reward(spec, device):
-    """ "name" or "name:PATH" -> (reward, its RewardRange)."""
-    name, path = split_reward(spec)
+    """A --reward, in one of the forms above -> (reward, its RewardRange)."""
+    parts = split_reward(spec)
+    rewards = {}
+    ranges = {}
+    for part in parts:
+        rewards[part.name], ranges[part.name] = load_part(part, device)
+    if not is_sum(parts):
+        return rewards[parts[0].name], ranges[parts[0].name]
+    weights = {part.name: part.weight for part in parts}
+    return WeightedSum(rewards, ranges, weights), sum_of_ranges(ranges, weights)
+
+
+def load_part(part, device):
+    if part.file:
+        return OwnReward(part.file, part.name, device), RewardRange()
     try:
-        return build_reward(name, path, device), REWARDS[name]
+        return build_reward(part.name, part.path, device), REWARDS[part.name]
     except UNREADABLE as error:
-        sys.exit(f"--reward {spec}: cannot load its weights. {explain(error)}")
+        where = f"{part.name}:{part.path}" if part.path else part.name
+        sys.exit(f"--reward {where}: cannot load its weights. {explain(error)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What --reward names: one of REWARDS, your own, or a sum
+
+
+@dataclass(frozen=True)
+class RewardPart:
+    """One part of a --reward, which in most cases has no other."""
+
+    name: str  # one of REWARDS, or what FILE.py defines
+    path: str = None  # of the weights
+    file: str = None  # FILE.py
+    weight: float = 1.0
 
 
 def split_reward(spec):
-    """ "name" or "name:PATH" -> (name, PATH or None), after checking that both exist."""
+    """A --reward -> a list of RewardPart, after checking that there are such rewards and files."""
     if not spec:
         sys.exit(f"--reward is required with this model. Choose from {', '.join(REWARDS)}")
-    name, _, path = spec.partition(":")
+    parts = [split_part(text.strip()) for text in spec.split(",")]
+    if len({part.name for part in parts}) < len(parts):
+        sys.exit(f"--reward {spec}: two parts have the same name, so the log cannot tell them apart")
+    return parts
+
+
+def split_part(text):
+    """ "pick:FOLDER=0.5" -> RewardPart. The number after the last "=" is the weight."""
+    text, weight = re.fullmatch(r"(.*?)(?:=(-?\d*\.?\d+(?:e-?\d+)?))?", text).groups()
+    weight = float(weight or 1)
+    if is_own(text):
+        file, name = split_own(text)
+        return RewardPart(name, file=file, weight=weight)
+    name, _, path = text.partition(":")
     if name not in REWARDS:
         sys.exit(f"--reward {name}: no such reward. Choose from {', '.join(REWARDS)}")
     if path and not os.path.exists(path):
-        sys.exit(f"--reward {spec}: {path} does not exist")
-    return name, path or None
+        sys.exit(f"--reward {text}: {path} does not exist")
+    return RewardPart(name, path or None, weight=weight)
+
+
+def is_sum(parts):
+    return len(parts) > 1 or parts[0].weight != 1
+
+
+def known_reward(spec):
+    """Which of REWARDS a --reward is, or None if it is your own or a weighted sum."""
+    parts = split_reward(spec)
+    if is_sum(parts) or parts[0].file:
+        return None
+    return parts[0].name
+
+
+class WeightedSum:
+    """The sum of weight * r', where each part has its own map r' = (r - shift) / scale.
+
+    So a part pulls as hard as it would alone in ReFL's loss, times its weight, and adding another
+    part leaves it as it was. The log has the raw r of every part. A weight of 0 only logs it.
+
+    rewards, ranges, weights: {name: value}
+    """
+
+    def __init__(self, rewards, ranges, weights):
+        self.rewards = rewards
+        self.ranges = ranges
+        self.weights = weights
+        self.parts = {}  # {name: r (B,)} of the last call, raw
+
+    def __call__(self, images, prompts):
+        total = 0.0
+        for name, reward in self.rewards.items():
+            r = reward(images, prompts)
+            self.parts[name] = r.detach()
+            r_mapped = (r - self.ranges[name].shift) / self.ranges[name].scale
+            total = total + self.weights[name] * r_mapped
+        return total
+
+
+def sum_of_ranges(ranges, weights):
+    """The RewardRange of a WeightedSum. Its range is known if those of all parts are."""
+    low = 0.0
+    high = 0.0
+    for name, part in ranges.items():
+        ends = [weights[name] * (end - part.shift) / part.scale for end in (part.low, part.high)]
+        low += min(ends)
+        high += max(ends)
+    return RewardRange(low, high)
+
+
+class OwnReward:
+    """Your own reward: the function NAME of FILE.py, or its class, built once as NAME(device).
+
+    It may return scores of any precision, or plain numbers for methods that need no gradient.
+    """
+
+    def __init__(self, file, name, device):
+        self.spec = f"{file}:{name}"
+        spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look for their module here
+        spec.loader.exec_module(module)
+        if not hasattr(module, name):
+            sys.exit(f"{self.spec}: {file} defines no {name}")
+        self.reward = getattr(module, name)
+        if isinstance(self.reward, type):
+            self.reward = self.reward(device)
+
+    def __call__(self, images, prompts):
+        r = torch.as_tensor(self.reward(images, prompts), device=images.device).float()
+        if r.shape != (len(images),):
+            expected = f"({len(images)},): one score per image"
+            sys.exit(f"{self.spec} returned the shape {tuple(r.shape)}, but it must be {expected}")
+        # Only the methods that train through the reward pass images with a gradient.
+        if images.requires_grad and not r.requires_grad:
+            need = "this script trains through it. dfusion_dpo.py does not"
+            sys.exit(f"{self.spec} returned scores without a gradient, but {need}")
+        return r
+
+
+def is_own(text):
+    """Whether "FILE.py:NAME" is meant, and not one of ours."""
+    return text.partition(":")[0].endswith(".py")
+
+
+def split_own(text):
+    """ "FILE.py:NAME" -> FILE.py, which must exist, and NAME."""
+    file, _, name = text.partition(":")
+    if not os.path.isfile(file):
+        sys.exit(f"{text}: there is no file {file}")
+    if not name:
+        sys.exit(f"{text}: add a colon and the name of your function or class, as in {file}:score")
+    return file, name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,9 +311,9 @@ def find_file(path, filenames, repo=None):
     raise FileNotFoundError(f"{path} has no {' or '.join(filenames)}")
 
 
-def find_tokenizer(folder, repo):
-    """The folder, if it has a tokenizer beside the weights; otherwise the repo on the hub."""
-    return folder if os.path.isfile(f"{folder}/tokenizer_config.json") else repo
+def find_beside(filename, folder, repo):
+    """The folder of the weights, if it has this file too; otherwise the repo on the hub."""
+    return folder if os.path.isfile(f"{folder}/{filename}") else repo
 
 
 def check_tokenizer(tokenizer, vocab_size, source):
@@ -361,6 +533,43 @@ class ClipScore:
         return self.texts[prompt]
 
 
+class Aesthetic:
+    """LAION's aesthetic predictor: an MLP on the normalized image features of OpenAI's ViT-L/14.
+
+    This is improved-aesthetic-predictor, which DDPO and AlignProp train on. It ignores the prompts.
+
+    path: the MLP's file. A CLIP beside it, with its config.json, is used instead of the hub's.
+    """
+
+    def __init__(self, path, device, dtype=None):
+        source = find_beside("config.json", Path(path).parent, CLIP_VIT_L)
+        # The checkpoint is a whole CLIP, and we leave out its text encoder.
+        unused = ("text_model.", "text_projection.", "logit_scale")
+        clip = load_complete(CLIPVisionModelWithProjection, source, unused=unused)
+        self.clip = clip.to(device, dtype or judge_dtype(device))
+        # The MLP has no non-linearity. Identity replaces its dropout, which is off in evaluation.
+        layers = torch.nn.Sequential(
+            torch.nn.Linear(768, 1024),
+            torch.nn.Identity(),
+            torch.nn.Linear(1024, 128),
+            torch.nn.Identity(),
+            torch.nn.Linear(128, 64),
+            torch.nn.Identity(),
+            torch.nn.Linear(64, 16),
+            torch.nn.Linear(16, 1),
+        )
+        self.mlp = torch.nn.ModuleDict(dict(layers=layers))
+        self.mlp.load_state_dict(read_weights(path))
+        self.mlp.to(device).eval().requires_grad_(False)
+
+    def __call__(self, images, prompts=None):
+        pixels = preprocess(
+            images, self.clip.config.image_size, CLIP_MEAN, CLIP_STD, floor_crop=True
+        )
+        features = self.clip(pixels.to(self.clip.dtype)).image_embeds
+        return self.mlp["layers"](F.normalize(features.float(), dim=-1))[:, 0]
+
+
 # --------------------------------------------------------------------------------------------------
 # ImageReward
 
@@ -450,7 +659,8 @@ class ImageReward:
         dtype = dtype or judge_dtype(device)
         self.net = build_blip_scorer(read_weights(path)).to(device, dtype)
         self.net["mlp"].float()
-        source = find_tokenizer(Path(path).parent, "google-bert/bert-base-uncased")
+        repo = "google-bert/bert-base-uncased"
+        source = find_beside("tokenizer_config.json", Path(path).parent, repo)
         self.tokenizer = BertTokenizer.from_pretrained(source)
         check_tokenizer(self.tokenizer, self.net["text"].config.vocab_size, source)
         self.raw = raw
@@ -479,7 +689,7 @@ class ImageReward:
 
 
 # --------------------------------------------------------------------------------------------------
-# MPS, for evaluation
+# MPS
 
 
 class MPS:
@@ -505,19 +715,21 @@ class MPS:
     CROSS_WEIGHTS = ("norm", "to_q", "to_kv", "to_out", "ff.0", "ff.2")
     SELF_WEIGHTS = ("norm", "fused_attn_ff_proj", "attn_out", "ff_out.1")
 
-    def __init__(self, path, device, threshold=0.01):
+    def __init__(self, path, device, threshold=0.01, dtype=None):
         self.threshold = threshold
         state = read_weights(path)
         clip_state = take_prefix(state, "mps.model.")
         layers = take_prefix(state, "mps.cross_model.layers.")
         config = build_clip_config(clip_state)
-        self.clip = load_complete(CLIPModel, None, config=config, state_dict=clip_state).to(device)
+        clip = load_complete(CLIPModel, None, config=config, state_dict=clip_state)
+        # Only the large part may be in bf16. The four layers, and what they read, stay in fp32.
+        self.clip = clip.to(device, dtype or judge_dtype(device))
         self.layers = []
         for i in range(len({key.split(".")[0] for key in layers})):
             cross = [layers[f"{i}.0.fn.{name}.weight"].to(device) for name in self.CROSS_WEIGHTS]
             own = [layers[f"{i}.1.fn.{name}.weight"].to(device) for name in self.SELF_WEIGHTS]
             self.layers.append((cross, own))
-        source = find_tokenizer(Path(path).parent, CLIP_VIT_H)
+        source = find_beside("tokenizer_config.json", Path(path).parent, CLIP_VIT_H)
         self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         check_tokenizer(self.tokenizer, self.clip.config.text_config.vocab_size, source)
         self.size = self.clip.config.vision_config.image_size
@@ -534,7 +746,7 @@ class MPS:
             return_tensors="pt",
         ).input_ids
         states = self.clip.text_model(ids.to(self.clip.device)).last_hidden_state
-        tokens = self.clip.text_projection(states)
+        tokens = self.clip.text_projection(states).float()
         # The end-of-text token has the highest id.
         return tokens, tokens[torch.arange(len(ids)), ids.argmax(-1)]
 
@@ -547,13 +759,14 @@ class MPS:
         is_related = closeness / closeness.amax(1, keepdim=True) > self.threshold
         pixels = preprocess(images, self.size, CLIP_MEAN, CLIP_STD, floor_crop=True)
         # We take the image tokens before the last norm: (B, 257, D).
-        x = self.clip.visual_projection(self.clip.vision_model(pixels).last_hidden_state)
+        states = self.clip.vision_model(pixels.to(self.clip.dtype)).last_hidden_state
+        x = self.clip.visual_projection(states).float()
         for cross, own in self.layers:
             x = cross_layer(x, tokens, is_related[:, None, None], *cross)
             # Key and value share one matrix, and have one head each.
             head_width = len(cross[2]) // 2
             x = self_layer(x, head_width, *own)
-        return self.clip.logit_scale.exp() * F.cosine_similarity(end, x[:, 0], dim=-1)
+        return self.clip.logit_scale.exp().float() * F.cosine_similarity(end, x[:, 0], dim=-1)
 
 
 def cross_layer(x, tokens, mask, norm, to_q, to_kv, to_out, ff_up, ff_down):

@@ -95,7 +95,9 @@ def settings_for(table, model):
 
 def run_name(script, args):
     """The default --out, for example runs/refl-toy-toy_pref."""
-    name = f"{script}-{args.model}-{args.reward}"
+    # Of a reward in FILE.py:NAME, only the name.
+    reward = re.sub(r"[^,]*\.py:", "", args.reward)
+    name = f"{script}-{args.model}-{reward}"
     return str(Path("runs") / re.sub(r"[^\w.-]+", "_", name))
 
 
@@ -292,14 +294,49 @@ def generate(model, prompts, seed, sampler, num_images=1, *args, **kwargs):
     return gather(torch.cat(list(batches)), len(prompts) * num_images)
 
 
+def with_parts(reward, r):
+    """r (B,), which `reward` has just returned -> (B, 1 + K): r, and the K parts of a sum."""
+    parts = getattr(reward, "parts", {})
+    return torch.stack([r, *parts.values()], 1).detach()
+
+
+def reward_columns(reward, rewards, name="reward"):
+    """Rows (N, 1 + K) of with_parts -> {"reward": (N,), "reward_hps": (N,), ...}."""
+    names = [name]
+    for part in getattr(reward, "parts", {}):
+        names.append(f"{name}_{part}")
+    return dict(zip(names, rewards.unbind(1)))
+
+
+def reward_means(reward, rewards, name="reward"):
+    """Rows (N, 1 + K) of with_parts -> {"reward": mean, "reward_hps": mean, ...} for the log."""
+    columns = reward_columns(reward, rewards, name)
+    return {name: column.mean().item() for name, column in columns.items()}
+
+
+def describe_reward(stats):
+    """A dict with test_reward, and test_reward_NAME for the parts of a sum -> text."""
+    parts = []
+    for name, value in stats.items():
+        if name.startswith("test_reward_"):
+            parts.append(f"{name.removeprefix('test_reward_')} {value:.4f}")
+    text = f"{stats['test_reward']:.4f}"
+    return f"{text} ({', '.join(parts)})" if parts else text
+
+
 @torch.no_grad()
-def score(reward, images, prompts, batch_size=16):
-    """Rewards (N,) of images (N, 3, H, W) on the CPU, `batch_size` at a time."""
+def score_with_parts(reward, images, prompts, batch_size=16):
+    """Images (N, 3, H, W) -> rewards (N, 1 + K) as in with_parts, on the CPU."""
     rewards = []
     for i in range(0, len(images), batch_size):
-        batch = images[i : i + batch_size]
-        rewards.append(reward(batch, prompts[i : i + batch_size]).cpu())
+        r = reward(images[i : i + batch_size], prompts[i : i + batch_size])
+        rewards.append(with_parts(reward, r).cpu())
     return torch.cat(rewards)
+
+
+def score(reward, images, prompts, batch_size=16):
+    """Rewards (N,) of images (N, 3, H, W) on the CPU, `batch_size` at a time."""
+    return score_with_parts(reward, images, prompts, batch_size)[:, 0]
 
 
 def held_out_images(run, model, prompts, num_images):
@@ -310,11 +347,15 @@ def held_out_images(run, model, prompts, num_images):
 
 
 def held_out(run, model, reward, prompts, step, num_images=2):
-    """The mean reward of held-out prompts at fixed seeds. Their images go to samples/."""
+    """Samples held-out prompts at fixed seeds -> {"test_reward": its mean, ...} for the log.
+
+    The images go to samples/. For a sum, there is also the mean of every part.
+    """
     images = held_out_images(run, model, prompts, num_images)
     save_grid(images, run.dir / "samples" / f"step_{step:06d}.png", columns=8)
     prompt_per_image = [prompt for prompt in prompts for _ in range(num_images)]
-    return score(reward, images.to(model.device), prompt_per_image).mean().item()
+    rewards = score_with_parts(reward, images.to(model.device), prompt_per_image)
+    return reward_means(reward, rewards, "test_reward")
 
 
 # --------------------------------------------------------------------------------------------------

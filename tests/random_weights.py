@@ -151,6 +151,15 @@ CLIP_H_VISION = dict(
     hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
     hidden_act="gelu", image_size=224, patch_size=14, projection_dim=1024,
 )
+# openai/clip-vit-large-patch14: the aesthetic predictor.
+CLIP_L_TEXT = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    hidden_act="quick_gelu", vocab_size=49408, projection_dim=768,
+)
+CLIP_L_VISION = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+    hidden_act="quick_gelu", image_size=224, patch_size=14, projection_dim=768,
+)
 OPEN_CLIP = {"hps": "ViT-H-14", "clip": "ViT-B-32-quickgelu", "clip_h": "ViT-H-14"}
 # The small open_clip models. Their vocabulary is a fixed one.
 VISION = dict(image_size=32, layers=2, width=64, head_width=32, patch_size=8)
@@ -165,6 +174,7 @@ FILES = {
     "pick": "model.safetensors",
     "imagereward": "ImageReward.pt",
     "mps": "model.safetensors",
+    "aesthetic": "aesthetic-model.pth",
 }
 
 
@@ -483,6 +493,44 @@ def write_pick(name, folder, full, seed):
     config = clip_h_config(full, write_processor(folder, full))
     filled(lambda: CLIPModel(config), seed, torch.float32).save_pretrained(folder)
     return folder
+
+
+def clip_l_config(full):
+    """OpenAI's ViT-L/14. The features of the small one are as wide as the real ones: 768."""
+    text = dict(CLIP_L_TEXT)
+    vision = dict(CLIP_L_VISION)
+    if not full:
+        small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        text.update(small, num_attention_heads=2, vocab_size=99)
+        vision.update(small, num_attention_heads=2, image_size=42)
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
+
+
+def write_aesthetic(name, folder, full, seed):
+    """The MLP, and beside it a whole CLIP with the text encoder that it does not need."""
+    filled(lambda: CLIPModel(clip_l_config(full)), seed, torch.float32).save_pretrained(folder)
+    shapes = {}
+    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    for i, shape in sizes.items():  # dropout lies between the others
+        shapes[f"layers.{i}.weight"] = shape
+        shapes[f"layers.{i}.bias"] = shape[:1]
+    state = draw(shapes, seed)
+    # The features have length 1, so this gives scores that differ by about 1.
+    state["layers.0.weight"] *= 768**0.5
+    torch.save(state, folder / FILES[name])
+    return folder
+
+
+@torch.no_grad()
+def aesthetic_scores(folder, pixels):
+    """The aesthetic predictor (B,) of normalized pixels (B, 3, H, W), with a folder's weights."""
+    state = read_state(folder / FILES["aesthetic"])
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    x = clip.visual_projection(clip.vision_model(pixels).pooler_output)
+    x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    for i in (0, 2, 4, 6, 7):
+        x = x @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
+    return x[:, 0]
 
 
 def mps_shapes(config):
@@ -811,6 +859,7 @@ WRITERS = {
     "pick": write_pick,
     "imagereward": write_imagereward,
     "mps": write_mps,
+    "aesthetic": write_aesthetic,
 }
 
 

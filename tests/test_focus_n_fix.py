@@ -393,7 +393,9 @@ def test_defaults_that_depend_on_other_flags():
 def test_refusals(capsys):
     for words, message in (
         ("--lora_rank 0", "with its LoRA off"),
-        ("--region saliency", "need a CLIP, unlike --reward artifact"),
+        ("--region saliency", "need a CLIP as --reward"),
+        ("--region saliency --reward mps", "need a CLIP as --reward"),
+        ("--concept a b --reward toy_clip,toy_pref", "need a CLIP as --reward"),
         ("--concept a b --detector x", "--detector is not used"),
         ("--model sd14 --prompts x", "--detector is required"),
     ):

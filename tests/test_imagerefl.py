@@ -93,7 +93,7 @@ def calls(monkeypatch):
         return model
 
     def no_samples(*args, **kwargs):
-        return 0.0
+        return dict(test_reward=0.0)
 
     monkeypatch.setattr(imagerefl, "load_model", load_and_watch)
     monkeypatch.setattr(imagerefl, "held_out", no_samples)

@@ -19,6 +19,7 @@ from conftest import PROMPTS, ROOT, read_log, read_weights_of_run, run_script, t
 from PIL import Image, ImageChops
 
 ITEMS = {1: "blue square", 2: "triangle"}  # number of a prompt: the item that fusion moves
+SUMS = {"imagerefl": "toy_pref=0.5,toy_clip", "dfusion_dpo": "toy_clip,toy_pref=0.5"}
 TRAINING = ("refl", "imagerefl", "treat", "focus_n_fix", "dfusion_dpo")
 
 
@@ -53,6 +54,8 @@ def runs(world, tmp_path_factory):
             words += ["--train_timesteps", 2, "--algo", "ddpo"]
         else:
             words = [*words, "--test_prompts", root / "two_prompts.txt"]
+        if name in SUMS:
+            words += ["--reward", SUMS[name]]
         assert run_script(module, *words, "--out", root / "one" / name) == 0
         commands.append([module.__name__, [*words, "--out", root / "two" / name]])
 
@@ -113,6 +116,8 @@ def assert_same_run(first, second):
 @pytest.mark.parametrize("name", TRAINING)
 def test_two_processes_train_as_one(runs, name):
     assert_same_run(runs / "one" / name, runs / "two" / name)
+    # The parts of a sum are gathered as the sum is.
+    assert ("reward_toy_pref" in read_log(runs / "two" / name)[0]) == (name in SUMS)
 
 
 def test_one_process_resumes_what_two_started(runs, world):

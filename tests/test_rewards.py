@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from conftest import CPU
-from random_weights import FILES, crop, imagereward_scores, mps_scores, pad
+from random_weights import FILES, aesthetic_scores, crop, imagereward_scores, mps_scores, pad
 from random_weights import read_state, write_state
 from torchvision.transforms import InterpolationMode
 from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPImageProcessor
@@ -26,14 +26,14 @@ from common import TOY, generator
 from rewards import CLIP_MEAN, CLIP_STD, MPS, REWARDS, load_detector, load_reward, preprocess
 from run_folder import to_pil
 
-NAMES = ["hps", "pick", "imagereward", "clip", "clip_h"]
+NAMES = ["hps", "pick", "imagereward", "clip", "clip_h", "mps", "aesthetic"]
 PROMPTS = ["a red circle above a blue square", "the sea, 12 ships and a lighthouse", "snow"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
-    for seed, name in enumerate([*NAMES, "mps"]):
+    for seed, name in enumerate(NAMES):
         random_weights.write(name, root, seed=seed)
     return root
 
@@ -131,6 +131,43 @@ def test_imagereward_is_blip(weights, tmp_path):
 
 
 @torch.no_grad()
+def test_aesthetic_is_a_linear_map_of_clips_direction(weights, tmp_path):
+    images = pictures(50, 63)
+    processor = CLIPImageProcessor(
+        size=dict(shortest_edge=42), crop_size=dict(height=42, width=42),
+        image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD),
+    )
+    pixels = processor(images, do_rescale=False, return_tensors="pt").pixel_values
+    expected = aesthetic_scores(weights / "aesthetic", pixels)
+    assert expected.std() > 0.1
+    reward = load("aesthetic", weights / "aesthetic")
+    torch.testing.assert_close(reward(images, PROMPTS), expected, rtol=0, atol=1e-5)
+    # The prompts do not matter, and evaluate.py knows it under the same name.
+    metric = evaluate.load_network("aesthetic", weights / "aesthetic", CPU)
+    torch.testing.assert_close(metric(images, PROMPTS[::-1]), expected, rtol=0, atol=1e-5)
+    # The authors' own name for the file works, too, and so does the file itself.
+    folder, file = copy_of(weights, "aesthetic", tmp_path)
+    file.rename(folder / "sac+logos+ava1-l14-linearMSE.pth")
+    for path in (folder, folder / "sac+logos+ava1-l14-linearMSE.pth"):
+        torch.testing.assert_close(load("aesthetic", path)(images, PROMPTS), expected)
+
+
+@torch.no_grad()
+def test_mps_and_aesthetic_in_bf16(weights, monkeypatch):
+    """As on CUDA. MPS with real weights has a logit scale of 100, so 1 is 0.01 of a cosine."""
+    images = pictures(42, 42)
+    for name, tolerance in (("mps", 0.5), ("aesthetic", 0.05)):
+        exact = load(name, weights / name)(images, PROMPTS)
+        with monkeypatch.context() as patch:
+            patch.setattr(rewards, "judge_dtype", lambda device: torch.bfloat16)
+            rough = load(name, weights / name)
+        assert rough.clip.dtype == torch.bfloat16
+        r = rough(images, PROMPTS)
+        assert r.dtype == torch.float32 and not torch.equal(r, exact)
+        torch.testing.assert_close(r, exact, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
 def test_mps_is_its_published_equations(weights, tmp_path):
     folder, _ = copy_of(weights, "mps", tmp_path)
     random_weights.separate_mps_words(folder, PROMPTS, MPS.CONDITION)
@@ -167,7 +204,7 @@ def test_gradients_reach_the_pixels_and_point_uphill(name, weights):
         assert (reward(step, PROMPTS)[:2] > r[:2]).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["hps", "pick", "imagereward", "clip", "clip_h"])
 def test_a_text_is_read_once(name, weights, monkeypatch):
     reward = load(name, weights / name)
     owner = reward if name == "imagereward" else reward.clip
@@ -191,6 +228,8 @@ def test_ranges_map_to_about_0_to_1():
         low, high = [(r - row.shift) / row.scale for r in (row.low, row.high)]
         if name in ("toy_pref", "pick"):
             assert low == 0 and 0.3 < high < 1.1
+        elif name in ("mps", "aesthetic"):
+            assert 0.3 < low < high < 2
         else:
             # Cosines lie there already, and ReFL's hinge needs ImageReward's own scale.
             assert (low, high) == (row.low, row.high)
@@ -201,7 +240,7 @@ def test_every_name_means_its_published_weights(monkeypatch):
         return f"{repo}/{filename}"
 
     monkeypatch.setattr(rewards, "cached_file", path_of)
-    for judge in ("ClipScore", "PickScore", "ImageReward"):
+    for judge in ("ClipScore", "PickScore", "ImageReward", "MPS", "Aesthetic"):
         monkeypatch.setattr(rewards, judge, lambda *args, **options: (*args, options))
     hps = Path("xswu/HPSv2/HPS_v2.1_compressed.pt")
     clip_h = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -212,6 +251,8 @@ def test_every_name_means_its_published_weights(monkeypatch):
         "imagereward": (Path("THUDM/ImageReward/ImageReward.pt"), usual),
         "clip": ("ViT-B-32-quickgelu", dict(usual, tag="openai", path=None)),
         "clip_h": ("ViT-H-14", dict(usual, tag="laion2b_s32b_b79k", path=None)),
+        "mps": (Path("RE-N-Y/mpsv1/model.safetensors"), usual),
+        "aesthetic": (Path("trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"), usual),
     }
 
 
@@ -251,12 +292,16 @@ def test_weights_that_do_not_fit(name, weights, tmp_path):
     folder, file = copy_of(weights, name, tmp_path)
     state = read_state(file)
     ends = ("resblocks.1.mlp.c_fc.weight", "layer.1.output.dense.weight", "layers.1.mlp.fc1.weight")
+    ends += ("layers.6.weight",)
     key = next(key for key in state if key.endswith(ends))
     missing = {k: v for k, v in state.items() if k != key}
     extra = {**state, "another.weight": torch.zeros(2)}
     short = {**state, key: state[key][:-1].clone()}
     name_in_error = key.removeprefix("blip.text_encoder.")
     cases = [(missing, name_in_error), (extra, "another.weight"), (short, ""), ({}, "")]
+    if name == "mps":
+        # It has tensors that we do not need, and its error names another weight of this layer.
+        cases = [(missing, "encoder.layers.1."), (short, ""), ({}, "")]
     for changed, word in cases:
         write_state(changed, file)
         refused(f"{name}:{folder}", word)
@@ -270,7 +315,7 @@ def test_weights_that_do_not_fit(name, weights, tmp_path):
         refused(f"{name}:{folder}", "cannot load its weights")
 
 
-@pytest.mark.parametrize("name", ["hps", "imagereward", "pick"])
+@pytest.mark.parametrize("name", ["hps", "imagereward", "pick", "aesthetic"])
 def test_code_in_a_checkpoint_is_never_run(name, weights, tmp_path):
     folder, file = copy_of(weights, name, tmp_path)
     state = {**read_state(file), "extra": Code()}
@@ -324,16 +369,13 @@ def test_a_folder_with_a_torch_checkpoint(name, weights, tmp_path):
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1972443839\n"
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mps"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_git_lfs_pointer_is_named(name, weights, tmp_path):
     """What a clone of a hub repository contains if git-lfs is not installed."""
     folder, file = copy_of(weights, name, tmp_path)
     file.write_text(POINTER)
     with pytest.raises(SystemExit, match="only a git-lfs pointer to the weights: run `git"):
-        if name == "mps":
-            evaluate.load_network(name, folder, CPU)
-        else:
-            load(name, folder)
+        load(name, folder)
 
 
 def test_a_torchscript_archive_is_named(tmp_path, monkeypatch):
