@@ -119,6 +119,7 @@ OURS = {  # what we change, and the models that the paper does not cover
 ETA = 1.0  # DDIM's noise weight, Table 3: each step adds as much noise as in ancestral sampling
 CLIP_RANGE = 0.1  # of Eq. 8, from the authors' configuration; ddpo-pytorch has 1e-4
 MASK_QUANTILE = 0.8  # ours: an item covers about a fifth of the picture
+PICTURES = ("base", "reference", "mask", "target")  # a row of samples/round_*.png
 
 
 def parse_args(argv=None):
@@ -776,7 +777,8 @@ def find_thresholds(args, model, scheduler, rows, plan, path):
         if k < 8:
             image = decode_in_parts(model, trajectories[:1, -1].to(model.device), 1)[0]
             pictures += mask_pictures(image, maps[0], row["thresholds"], args.mask_merge, max_items)
-    save_grid(torch.stack(pictures), path, columns=max_items + 2)
+    captions = [f"{row['prompt']} ({', '.join(row['items'])})" for row in missing[:8]]
+    save_grid(torch.stack(pictures), path, columns=max_items + 2, captions=captions)
 
 
 def item_thresholds(maps):
@@ -969,7 +971,7 @@ def main(args):
     if not trained_steps:
         sys.exit(f"--trained_steps {args.trained_steps}: none of these steps adds noise")
 
-    run = Run(args, model.source, sampler)
+    run = Run(args, model.source, sampler, NAME, PAPER)
     print_settings(args, PAPER, params)
     write_atomically(run.dir / "test_prompts.txt", "\n".join(test_prompts) + "\n")
     history = {}
@@ -1016,7 +1018,10 @@ def main(args):
             log_prob_old = None
             pairs = sample_round(args, model, scheduler, reward, rows, plan, history, number)
             picture = run.dir / "samples" / f"round_{number:04d}.png"
-            save_grid(torch.stack(pairs.pictures), picture, columns=2 if args.naive else 4)
+            pairs_per_prompt = args.images_per_prompt // 2
+            captions = pairs.prompts[::pairs_per_prompt][:8]
+            labels = ("base", "reference") if args.naive else PICTURES
+            save_grid(torch.stack(pairs.pictures), picture, len(labels), captions, labels)
 
         # If we resumed inside a round, remake its pairs from theta_old and the same noise.
         elif step == run.start + 1:

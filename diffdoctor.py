@@ -438,7 +438,7 @@ def train_detector(args):
     buffers = list(detector.buffers())
     state = params + buffers
 
-    run = Run(args, args.init, sampler={})
+    run = Run(args, args.init, {}, f"{NAME} detector")
     for name, value in vars(args).items():
         print(f"  {name:<20} {value}")
     print(f"  training {sum(p.numel() for p in params):,} parameters")
@@ -508,7 +508,9 @@ def train_detector(args):
                 images, p, q = shown
                 grid = torch.stack([images, overlay(images, p), overlay(images, q)], 1)[:8]
                 path = run.dir / "samples" / f"step_{step:06d}.png"
-                save_grid(grid.flatten(0, 1), path, columns=3)
+                captions = [f"test image {k + 1}" for k in range(len(grid))]
+                labels = ("image", "label", "detector")
+                save_grid(grid.flatten(0, 1), path, 3, captions, labels)
         run.log(step, **stats)
         progress.set_postfix(loss=f"{stats['loss']:.2e}")
 
@@ -545,12 +547,14 @@ def held_out_confidence(run, model, detector, reward, prompts, step, untreated=N
         untreated = (images, maps)
     before, maps_before = untreated
     rows = [before, overlay(before, maps_before), images, overlay(images, maps)]
-    grid = torch.stack(rows, 1)[:16].flatten(0, 1)
-    save_grid(grid, run.dir / "samples" / f"step_{step:06d}.png", columns=8)
+    grid = torch.stack(rows, 1)[:16]
+    prompt_per_image = [prompt for prompt in prompts for _ in range(num_images)]
+    path = run.dir / "samples" / f"step_{step:06d}.png"
+    labels = ("before", "its artifacts", "now", "its artifacts")
+    save_grid(grid.flatten(0, 1), path, 8, prompt_per_image[: len(grid)], labels)
 
     drift = (images - before).abs().mean()
     distance = (before - before.roll(1, 0)).abs().mean().clamp(min=1e-3)
-    prompt_per_image = [prompt for prompt in prompts for _ in range(num_images)]
     r = score(reward, images.to(model.device), prompt_per_image)
     stats = dict(
         test_mean=maps.mean().item(),
@@ -558,6 +562,8 @@ def held_out_confidence(run, model, detector, reward, prompts, step, untreated=N
         test_drift=(drift / distance).item(),
         test_reward=r.mean().item(),
     )
+    if step == 0:
+        run.note_before(**stats)
     return stats, (images, maps)
 
 
@@ -607,7 +613,7 @@ def treat(args):
     if model.is_flow:
         timesteps = make_scheduler(model, "euler", 1000).timesteps
 
-    run = Run(args, model.source, sampler)
+    run = Run(args, model.source, sampler, f"{NAME} treat", PAPER)
     # For combined_sample.py --prompts: also those that we do not use here.
     write_atomically(run.dir / "test_prompts.txt", "\n".join(all_test_prompts) + "\n")
     print_settings(args, PAPER, params)

@@ -49,7 +49,7 @@ the first one, we also print its differences from the first, paired by prompt. F
 in FOLDER/.evaluate, and computed again if the images, prompts, weights or this code change. The
 scores of your own metrics are not cached, because we cannot see all that they depend on.
 
-  $ python evaluate.py images/base images/tuned --metrics toy_pref,toy_correct,dino_div
+  $ python evaluate.py images/base images/tuned --metrics toy_pref,toy_correct --html page.html
   $ python evaluate.py --over_steps runs/refl-toy-toy_pref --metrics toy_pref,dino_div --plot a.png
 """
 
@@ -71,6 +71,7 @@ from transformers.utils import logging as transformers_logging
 from common import ROOT, TOY, generator, load_lora, load_model, pick_device, split_revision
 from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
+from pages.make import comparison_page, data_uri, some_of
 from rewards import MPS, UNREADABLE, OwnReward, PickScore, build_reward, explain, find_file
 from rewards import is_own, load_complete, load_detector, split_own
 from run_folder import gather, generate_batches, is_main_process, joined_processes, own_part
@@ -110,6 +111,9 @@ TOY_FOLDER = {
     "dino": "dino",
     "detector": "detector",
 }
+# What a web page shows at most: images of a prompt in a folder, and images in total.
+PAGE_SEEDS = 4
+PAGE_IMAGES = 800
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
@@ -131,6 +135,7 @@ def parse_args(argv=None):
     add("--batch_size", type=int, default=32, help="images processed at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", help="write all results, with a value per prompt, to this JSON file")
+    add("--html", help="write the tables and images, side by side, to this web page")
     add("--plot", help="PNG: quality against diversity; with --over_steps, metrics over steps")
     args = parser.parse_args(argv)
 
@@ -148,7 +153,7 @@ def parse_args(argv=None):
     has_x = any(name == "dino_div" or name in DISTANCES for name in args.metrics)
     if args.plot and not args.over_steps and not (has_x and has_y):
         sys.exit("--plot needs a metric of quality or artifacts, and one of diversity or distance")
-    for path in (args.out, args.plot):
+    for path in (args.out, args.html, args.plot):
         if path and not Path(path).absolute().parent.is_dir():
             sys.exit(f"{path}: there is no folder {Path(path).parent} to write this file to")
     return args
@@ -828,8 +833,8 @@ def format_cell(summary):
     return text
 
 
-def print_table(title, summaries, folders):
-    """summaries: {folder: {metric: summary}} -> a line per folder, a column per metric."""
+def table_of(title, summaries, folders):
+    """summaries: {folder: {metric: summary}} -> texts, a line per folder, a column per metric."""
     metrics = next(iter(summaries.values()))
     table = [[title, "images", "prompts", *metrics]]
     for folder, own in summaries.items():
@@ -837,6 +842,24 @@ def print_table(title, summaries, folders):
         num_prompts = len(set(prompt_ids_of(rows)))
         cells = [format_cell(summary) for summary in own.values()]
         table.append([folder, str(len(rows)), str(num_prompts), *cells])
+    return table
+
+
+def tables_of(results, folders):
+    """The tables that we print: the metrics, the differences from the first folder, the drift."""
+    first = next(iter(folders))
+    tables = []
+    if results["folders"][first]:
+        tables.append(table_of("folder", results["folders"], folders))
+        if results["differences"]:
+            tables.append(table_of(f"minus {first}", results["differences"], folders))
+    if results["drift"]:
+        tables.append(table_of(f"drift from {first}", results["drift"], folders))
+    return tables
+
+
+def print_table(table):
+    """Prints rows of texts in aligned columns."""
     widths = []
     for column in zip(*table):
         widths.append(max(len(cell) for cell in column))
@@ -846,39 +869,118 @@ def print_table(title, summaries, folders):
     print()
 
 
-def print_notes(folder, own):
-    """Prints what a reader must know about one folder's metrics."""
+def notes_on(folder, own):
+    """What a reader must know about one folder's metrics -> lines of text."""
+    notes = []
     if "dino_div" in own and own["dino_div"]["left_out"]:
         left_out = own["dino_div"]["left_out"]
         total = left_out + own["dino_div"]["prompts"]
-        print(f"{folder}: dino_div leaves out {left_out} of {total} prompts with only one image")
+        text = f"dino_div leaves out {left_out} of {total} prompts with only one image"
+        notes.append(f"{folder}: {text}")
     if "toy_correct" in own:
         abstained = own["toy_correct"]["abstained"]
-        print(f"{folder}: the oracle abstained on {abstained:.1%} of the images (counted as wrong)")
+        text = f"the oracle abstained on {abstained:.1%} of the images (counted as wrong)"
+        notes.append(f"{folder}: {text}")
     too_few = [name for name, summary in own.items() if not summary.get("full_rank", True)]
     if too_few:
         reason = "we need more images than the features have dimensions"
-        print(f"{folder}: too few images for {', '.join(too_few)}: {reason}")
+        notes.append(f"{folder}: too few images for {', '.join(too_few)}: {reason}")
+    return notes
 
 
-def report(results, folders, shown):
-    """Prints the tables and then notes. shown: {"dino", "detector": its source}."""
+def notes_of(results, folders, shown):
+    """The notes below the tables, lines of text. shown: {"dino", "detector": its source}."""
     first = next(iter(folders))
-    has_metrics = len(results["folders"][first]) > 0
-    if has_metrics:
-        print_table("folder", results["folders"], folders)
-    if has_metrics and results["differences"]:
-        print_table(f"minus {first}", results["differences"], folders)
-    if results["drift"]:
-        print_table(f"drift from {first}", results["drift"], folders)
+    notes = []
     for folder, own in results["folders"].items():
         if folder in results["not_paired"] and len(folders) > 1:
             reason = results["not_paired"][folder]
-            print(f"{folder}: no paired differences from {first}: {reason}")
-        print_notes(folder, own)
+            notes.append(f"{folder}: no paired differences from {first}: {reason}")
+        notes += notes_on(folder, own)
     for name, source in shown.items():
         if source:
-            print(f"{name}: {source}")
+            notes.append(f"{name}: {source}")
+    return notes
+
+
+def report(results, folders, shown):
+    """Prints the tables and then the notes."""
+    for table in tables_of(results, folders):
+        print_table(table)
+    for note in notes_of(results, folders, shown):
+        print(note)
+
+
+# --------------------------------------------------------------------------------------------------
+# The web page
+
+
+def clear_winners(summaries):
+    """{folder: {metric: summary}} -> the cells (row, column) of table_of to show in bold.
+
+    A folder wins a metric if its whole interval is better than the intervals of all others.
+    """
+    cells = []
+    metrics = list(next(iter(summaries.values())))
+    rows = list(summaries.values())
+    for m, metric in enumerate(metrics):
+        intervals = [(row[metric]["low"], row[metric]["high"]) for row in rows]
+        if len(rows) < 2 or any(low is None for low, _ in intervals):
+            continue
+        if metric in ARTIFACTS:
+            # Here, lower is better.
+            intervals = [(-high, -low) for low, high in intervals]
+        best = max(range(len(rows)), key=lambda r: intervals[r][0])
+        others = [high for r, (_, high) in enumerate(intervals) if r != best]
+        if intervals[best][0] > max(others):
+            # The first three columns are the folder and its numbers of images and prompts.
+            cells.append((best, 3 + m))
+    return cells
+
+
+def prompt_slides(folders):
+    """The images for the page -> a list of (prompt, figures), with a figure for each folder.
+
+    A prompt's images are in the order of their seeds, so the k-th images of paired folders have
+    the same seed. Prompts are in the order of their files.
+    """
+    by_prompt = {}
+    for folder, rows in folders.items():
+        for row in rows:
+            files = by_prompt.setdefault(row["text"], {}).setdefault(folder, [])
+            if len(files) < PAGE_SEEDS:
+                files.append(Path(folder) / row["file_name"])
+
+    def first_file(prompt):
+        files = next(iter(by_prompt[prompt].values()))
+        return files[0].name
+
+    num_prompts = max(2, PAGE_IMAGES // (PAGE_SEEDS * len(folders)))
+    slides = []
+    for prompt in some_of(sorted(by_prompt, key=first_file), num_prompts):
+        figures = []
+        for folder in folders:
+            files = by_prompt[prompt].get(folder, [])
+            cells = [(*data_uri(open_image(file)), "") for file in files]
+            figures.append((cells, folder))
+        slides.append((prompt, figures))
+    return slides
+
+
+def write_page(path, results, folders, shown):
+    """Writes --html: the tables, the notes and the images."""
+    notes = [
+        "In brackets: 95% bootstrap intervals over prompts. Bold: the whole interval is better than "
+        "those of all other folders, where less is better for artifacts and more for dino_div.",
+        *notes_of(results, folders, shown),
+    ]
+    tables = []
+    for table in tables_of(results, folders):
+        header, *rows = table
+        is_metrics = header[0] == "folder"
+        marked = clear_winners(results["folders"]) if is_metrics else []
+        tables.append((header, rows, marked))
+    write_atomically(Path(path), comparison_page(tables, notes, prompt_slides(folders)))
 
 
 def error_bars(summaries):
@@ -1012,6 +1114,8 @@ def main(args):
         detector=args.detector if "detector" in networks else None,
     )
     report(results, folders, shown)
+    if args.html and is_main_process():
+        write_page(args.html, results, folders, shown)
     if args.plot and is_main_process():
         plot(results, args.plot, steps)
     if args.out:

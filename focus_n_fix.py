@@ -492,7 +492,9 @@ def compare(run, model, scheduler, num_prefix_steps, pairs, reward, spread, step
     images = sample_pairs(args.prefix, "tuned")
     columns = [base, mask.expand_as(base), images, 3 * (images - base).abs()]
     pictures = torch.stack([column[:SHOWN] for column in columns], 1).flatten(0, 1)
-    save_grid(pictures, run.dir / "samples" / f"region_{step:06d}.png", columns=len(columns))
+    path = run.dir / "samples" / f"region_{step:06d}.png"
+    labels = ("I0: base model", "M: region", "I: now", "3 |I - I0|")
+    save_grid(pictures, path, len(columns), pairs.prompts[:SHOWN], labels)
 
     # The objective, minus what the base model's own images get.
     reward_after = score(reward, images.to(model.device), pairs.prompts)
@@ -509,6 +511,8 @@ def compare(run, model, scheduler, num_prefix_steps, pairs, reward, spread, step
         only_tail = sample_pairs("base", "tuned")
         stats["test_outside_prefix"] = change(only_prefix, base, 1 - mask).mean().item()
         stats["test_outside_tail"] = change(only_tail, base, 1 - mask).mean().item()
+    if step == 0:
+        run.note_before(**stats)
     return stats
 
 
@@ -547,7 +551,7 @@ def main(args):
     test_reward = score(reward, test_base.to(device), test_prompts)
     test_pairs = TestPairs(test_prompts, test_noise, test_base, test_mask, test_reward)
 
-    run = Run(args, model.source, sampler)
+    run = Run(args, model.source, sampler, NAME, PAPER)
     print_settings(args, PAPER, params)
     run.resume(params, optimizer)
 

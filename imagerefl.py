@@ -195,7 +195,7 @@ def main(args):
     scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
     t_start = scheduler.timesteps[args.start]  # t'
 
-    run = Run(args, model.source, sampler)
+    run = Run(args, model.source, sampler, NAME, PAPER)
     print_settings(args, PAPER, params)
     run.resume(params, optimizer)
     if run.start == 0:

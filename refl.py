@@ -202,7 +202,7 @@ def main(args):
     sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=1.0)
     scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
 
-    run = Run(args, model.source, sampler)
+    run = Run(args, model.source, sampler, NAME, PAPER)
     print_settings(args, PAPER, params)
     run.resume(params, optimizer)
     if run.start == 0:

@@ -3,6 +3,7 @@
   config.json                 every setting, the model's exact source, and the sampler
   log.jsonl                   one line per update
   samples/step_000060.png     held-out prompts at fixed seeds, to flip through
+  index.html                  all of this in one page: open it in a browser
   lora/                       the weights for the user, with snapshots lora/step_000060/ and so on
   checkpoint/state.pt         what --resume reads
 
@@ -28,13 +29,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.utils import save_image
+from PIL.PngImagePlugin import PngInfo
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common import FAMILIES, MODELS, base_model, decode_in_parts
 from common import find_pipeline, generator, initial_latents, make_scheduler, merged, pick_device
 from common import read_json, sample
 from data.prompts import condition
+from pages.make import run_page
 
 # Settings that do not change the numbers may differ when a run is resumed.
 MAY_DIFFER = ("train_steps", "micro_batch", "checkpointing", "compile", "save_every")
@@ -110,9 +113,14 @@ def check_out(args):
         sys.exit(f"{args.out} already holds a run: pass --resume, or choose another --out")
 
 
+def papers_settings(args, paper):
+    """The row of the table PAPER for this run's model; {} if the paper has none."""
+    return paper.get(model_family(args.model), {}) if paper else {}
+
+
 def print_settings(args, paper, params):
     """Prints every setting, with the paper's value beside it where ours differs."""
-    paper_row = paper.get(model_family(args.model), {})
+    paper_row = papers_settings(args, paper)
     for name, value in vars(args).items():
         line = f"  {name:<20} {value}"
         if paper_row.get(name) not in (None, value):
@@ -244,13 +252,26 @@ def to_pil(image):
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def save_grid(images, path, columns):
-    """Images (N, 3, H, W) in [0, 1] -> one PNG, row by row. Small images are enlarged."""
+def save_grid(images, path, columns, captions=(), labels=None):
+    """Images (N, 3, H, W) in [0, 1] -> one PNG, row by row. Small images are enlarged.
+
+    captions: a text for each N / len(captions) images. labels: what each of these images shows.
+    Both go into the PNG's metadata, where the run's page finds them.
+    """
     if not is_main_process():
         return
     zoom = max(1, 128 // images.shape[-1])
     images = F.interpolate(images.detach(), scale_factor=zoom, mode="nearest")
-    save_image(images, path, nrow=columns, padding=0)
+    info = PngInfo()
+    if captions:
+        labels = labels or [""] * (len(images) // len(captions))
+        grid = dict(columns=min(columns, len(images)), captions=captions, labels=labels)
+        info.add_text("grid", json.dumps(grid))
+    # After a kill, the page must not find half a picture.
+    temporary = path.with_name(path.name + ".tmp")
+    picture = to_pil(make_grid(images, nrow=columns, padding=0))
+    picture.save(temporary, format="PNG", pnginfo=info)
+    temporary.replace(path)
 
 
 @torch.no_grad()
@@ -352,10 +373,13 @@ def held_out(run, model, reward, prompts, step, num_images=2):
     The images go to samples/. For a sum, there is also the mean of every part.
     """
     images = held_out_images(run, model, prompts, num_images)
-    save_grid(images, run.dir / "samples" / f"step_{step:06d}.png", columns=8)
+    save_grid(images, run.dir / "samples" / f"step_{step:06d}.png", columns=8, captions=prompts)
     prompt_per_image = [prompt for prompt in prompts for _ in range(num_images)]
     rewards = score_with_parts(reward, images.to(model.device), prompt_per_image)
-    return reward_means(reward, rewards, "test_reward")
+    means = reward_means(reward, rewards, "test_reward")
+    if step == 0:
+        run.note_before(**means)
+    return means
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,9 +398,12 @@ def write_atomically(path, text):
 class Run:
     """A run folder, as described at the top of this file."""
 
-    def __init__(self, args, model_source, sampler):
+    def __init__(self, args, model_source, sampler, method="", paper=None):
+        """method: its name for the page. paper: the table PAPER of the script."""
         self.args = args
         self.sampler = sampler
+        self.method = method
+        self.paper = papers_settings(args, paper)
         self.dir = Path(args.out)
         self.weights = self.dir / ("lora" if getattr(args, "lora_rank", 0) else "model")
         self.checkpoint = self.dir / "checkpoint" / "state.pt"
@@ -406,6 +433,25 @@ class Run:
         ]
         if changes:
             sys.exit(f"--resume: these settings differ from the run's: {'; '.join(changes)}")
+        # Keep what was added to the settings later, such as the values before training.
+        self.config = {**old, **self.config}
+
+    def note_before(self, **values):
+        """Adds held-out values of the untrained model to config.json; the log begins after them."""
+        before = self.config.setdefault("before", {})
+        for name, value in values.items():
+            before[name] = float(f"{value:.8g}")
+        self.write_config()
+
+    def write_page(self):
+        """Writes index.html. The page is a convenience, so training goes on without it."""
+        try:
+            text = run_page(
+                self.dir / "samples", self.method, self.config, self.read_log(), self.paper
+            )
+            write_atomically(self.dir / "index.html", text)
+        except OSError as error:
+            tqdm.write(f"{self.dir / 'index.html'} is not up to date: {error}", file=sys.stderr)
 
     def write_config(self):
         write_atomically(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")
@@ -430,6 +476,8 @@ class Run:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.dir / "log.jsonl", text)
         self.write_config()
+        if is_main_process():
+            self.write_page()
         return state
 
     def read_log(self):
@@ -460,9 +508,10 @@ class Run:
             tqdm.write(f"{message} ({len(self.skipped) - 1} skipped before)", file=sys.stderr)
 
     def save(self, step, model, params, optimizer, **more):
-        """Writes the user's weights, a snapshot of them, and the checkpoint with `more`."""
+        """Writes the user's weights, a snapshot, the checkpoint with `more`, and index.html."""
         if is_main_process():
             self.write_checkpoint(step, model, params, optimizer, more)
+            self.write_page()
         wait_for_all()
 
     def write_checkpoint(self, step, model, params, optimizer, more):

@@ -1,0 +1,1 @@
+"""Web pages to look at: a run's index.html, and what evaluate.py --html writes."""
