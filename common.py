@@ -543,7 +543,7 @@ def load_lora(model, path):
         )
     if not all(tensor.isfinite().all() for tensor in loaded.values()):
         sys.exit(f"{file}: this LoRA holds NaN or Inf")
-    set_alpha_to_rank(model)
+    use_our_settings(model)
 
 
 def apply_alphas(tensors):
@@ -574,16 +574,19 @@ def restore_precision(model, state):
     set_peft_model_state_dict(model.denoiser, tensors)
 
 
-def set_alpha_to_rank(model):
-    """Multiplies each layer's LoRA by the scale that a diffusers file's header asks for."""
+def use_our_settings(model):
+    """Gives a LoRA that was just loaded alpha = rank, at the same effect, and no dropout."""
     for layer in model.denoiser.modules():
         if isinstance(layer, LoraLayer):
             layer.lora_B["default"].weight.data *= layer.scaling["default"]
             layer.scaling["default"] = 1.0
+    # A file's header may ask for dropout, which runs only in training mode.
+    model.denoiser.eval()
     config = model.denoiser.peft_config["default"]
     config.lora_alpha = config.r
     config.alpha_pattern = dict(config.rank_pattern)
     config.use_rslora = False
+    config.lora_dropout = 0.0
 
 
 @contextlib.contextmanager

@@ -224,6 +224,10 @@ def test_a_bf16_model_keeps_the_files_fp32_values(world, tmp_path):
     load_lora(coarse, tmp_path)
     coarse.save(tmp_path / "again")
     assert same_tensors(load_file(tmp_path / "again" / LORA_FILE), saved)
+    load_lora(coarse, tmp_path / COMFYUI_FILE)
+    coarse.save(tmp_path / "again")
+    in_fp16 = {key: tensor.half().float() for key, tensor in saved.items()}
+    assert same_tensors(load_file(tmp_path / "again" / LORA_FILE), in_fp16)
 
 
 def random_layers(names, model, ranks):
@@ -429,7 +433,14 @@ def test_flux_needs_no_file_for_comfyui(world):
         assert layer in dict(model.denoiser.named_modules())
 
 
-@pytest.mark.parametrize("header", [{"lora_alpha": 8}, {"lora_alpha": 4, "use_rslora": True}])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"lora_alpha": 8, "lora_dropout": 0.5},
+        {"lora_alpha": 4, "use_rslora": True},
+        {"lora_alpha": 4, "alpha_pattern": {name: 8 for name in ATTENTION}},
+    ],
+)
 def test_training_on_from_another_alpha_keeps_its_effect(world, header):
     """Training starts from a LoRA with alpha = rank and the same effect, and saves such a file."""
     model = with_lora(world.sd)
@@ -458,12 +469,14 @@ def test_training_on_from_another_alpha_keeps_its_effect(world, header):
     with safe_open(f"again/{LORA_FILE}", "pt") as file:
         saved = json.loads(file.metadata()["lora_adapter_metadata"])
     assert saved["unet.lora_alpha"] == saved["unet.r"] == 4 and not saved["unet.use_rslora"]
+    assert saved["unet.alpha_pattern"] == {} and saved["unet.lora_dropout"] == 0
 
 
 def test_files_that_do_not_fit_are_refused(world, tmp_path):
     model = with_lora(world.sd)
     model.save(tmp_path)
     tensors = load_file(tmp_path / LORA_FILE)
+    for_comfyui = load_file(tmp_path / COMFYUI_FILE)
     first = min(tensors)
     files = {
         "extra": {**tensors, first.replace("to_", "of_"): tensors[first].clone()},
@@ -471,7 +484,7 @@ def test_files_that_do_not_fit_are_refused(world, tmp_path):
         "shape": {**tensors, first: torch.zeros(4, 7)},
         "nan": {**tensors, first: tensors[first] / 0},
         "nothing": {"x": torch.zeros(2)},
-        "dora": {**tensors, first.replace("lora_A", "lora_magnitude_vector"): torch.ones(16)},
+        "dora": {**for_comfyui, min(for_comfyui).replace("alpha", "dora_scale"): torch.ones(16, 1)},
     }
     for name, state in files.items():
         save_file(state, tmp_path / f"{name}.safetensors")
