@@ -25,10 +25,10 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from models import FAMILIES, MODELS
@@ -40,6 +40,7 @@ transformers.logging.disable_progress_bar()
 ROOT = Path(__file__).resolve().parent
 TOY = ROOT / "toy"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "comfyui.safetensors"
 
 
 def generator(seed, purpose, *index):
@@ -120,7 +121,12 @@ class Model:
         return self.family.DENOISER
 
     def save(self, folder):
-        """Writes the LoRA so that pipe.load_lora_weights(folder) loads it, or the full denoiser."""
+        """Writes the LoRA so that pipe.load_lora_weights(folder) loads it, or the full denoiser.
+
+        Beside a U-Net's LoRA we write a copy for ComfyUI and A1111, which know its layers only by
+        kohya's names. It is half as large: they expect fp16. FLUX needs no copy, because ComfyUI
+        reads the names of the first file. Snapshots get one, too, as you may pick any of them.
+        """
         if not hasattr(self.denoiser, "peft_config"):
             self.denoiser.save_pretrained(Path(folder) / self.denoiser_name)
             return
@@ -136,6 +142,11 @@ class Model:
             tensors[f"{prefix}.{key}"] = tensor.contiguous()
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(tensors, Path(folder) / LORA_FILE, header)
+        if prefix == "unet":
+            # Each layer's alpha in this file is its rank, as in our LoRAs.
+            for_comfyui = convert_state_dict_to_kohya(tensors)
+            for_comfyui = {key: tensor.half() for key, tensor in for_comfyui.items()}
+            save_file(for_comfyui, Path(folder) / COMFYUI_FILE)
 
 
 def load_model(name, device, resolution=None, full=False):
@@ -392,37 +403,63 @@ def find_lora(path):
 
 
 def load_lora(model, path):
-    """Loads a LoRA file into the denoiser with diffusers' own loader, replacing any earlier one.
+    """Loads a LoRA file into the denoiser, replacing any earlier one. Every tensor must fit.
 
-    Its rank, its alpha and its format can be anything that diffusers reads. Every tensor must fit.
+    The file can be in any format that diffusers reads: its own, older ones, or kohya's. Afterward
+    alpha = rank in every layer, because we multiply the LoRA by alpha / rank. So training it on
+    takes steps of the usual size, and programs that ignore alpha see the same LoRA.
     """
     file = find_lora(path)
     if hasattr(model.denoiser, "peft_config"):
         model.denoiser.delete_adapters("default")
     try:
-        # Some families' loaders return the alphas between the two, and others fold them in.
-        state, *alphas, metadata = model.pipe.lora_state_dict(
-            file.parent, weight_name=file.name, return_alphas=True, return_lora_metadata=True
-        )
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+            header = opened.metadata() or {}
+        if any("dora_scale" in key or "lora_magnitude_vector" in key for key in tensors):
+            sys.exit(f"{file}: this is a DoRA, which we do not support")
+        apply_alphas(tensors)
+        # SDXL's LoRAs from kohya number the blocks in another way, for which it needs the config.
+        state = model.pipe.lora_state_dict(tensors, unet_config=model.denoiser.config)
+        if isinstance(state, tuple):
+            state = state[0]
+        metadata = json.loads(header.get("lora_adapter_metadata", "null"))
         model.denoiser.load_lora_adapter(
-            state, prefix=model.denoiser_name, adapter_name="default",
-            network_alphas=alphas[0] if alphas else None, metadata=metadata,
+            state, prefix=model.denoiser_name, adapter_name="default", metadata=metadata
         )
         restore_precision(model, state)
         loaded = get_peft_model_state_dict(model.denoiser)
-    except (OSError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+    except (
+        OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, SafetensorError
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
         sys.exit(f"{file}: not a LoRA of {model.source}. {type(error).__name__}: {reason}")
     if any(key.startswith("text_encoder") for key in state):
         sys.exit(f"{file}: this LoRA also changes the text encoder, which we do not tune")
-    in_file = [key for key in state if not key.endswith(".alpha")]
-    if len(in_file) != len(loaded):
+    if len(state) != len(loaded):
         sys.exit(
             f"{file}: this LoRA was not made for {model.source}. "
-            f"It has {len(in_file)} tensors, of which {len(loaded)} fit"
+            f"It has {len(state)} tensors, of which {len(loaded)} fit"
         )
     if not all(tensor.isfinite().all() for tensor in loaded.values()):
         sys.exit(f"{file}: this LoRA holds NaN or Inf")
+    use_our_settings(model)
+
+
+def apply_alphas(tensors):
+    """Multiplies each layer of a LoRA file by its alpha / rank, and drops the alphas, in place.
+
+    diffusers 0.42 applies an alpha that all layers share, but ignores those of attention layers
+    if they differ, as they do in a LoRA that was resized layer by layer.
+    """
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        alpha = tensors.pop(key).item()
+        layer = key.removesuffix("alpha")
+        for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
+            if f"{layer}{down}.weight" in tensors:
+                rank = len(tensors[f"{layer}{down}.weight"])
+                weight = tensors[f"{layer}{up}.weight"].float()
+                tensors[f"{layer}{up}.weight"] = weight * alpha / rank
 
 
 def restore_precision(model, state):
@@ -435,6 +472,21 @@ def restore_precision(model, state):
     if not any("lora_A" in key for key in tensors):
         tensors = convert_unet_state_dict_to_peft(tensors)
     set_peft_model_state_dict(model.denoiser, tensors)
+
+
+def use_our_settings(model):
+    """Gives a LoRA that was just loaded alpha = rank, at the same effect, and no dropout."""
+    for layer in model.denoiser.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_B["default"].weight.data *= layer.scaling["default"]
+            layer.scaling["default"] = 1.0
+    # A file's header may ask for dropout, which runs only in training mode.
+    model.denoiser.eval()
+    config = model.denoiser.peft_config["default"]
+    config.lora_alpha = config.r
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.use_rslora = False
+    config.lora_dropout = 0.0
 
 
 @contextlib.contextmanager
