@@ -111,7 +111,7 @@ OURS = {
         reward="toy_pref", data=f"{TOY}/images", test_prompts=f"{TOY}/prompts_test.txt",
     ),
     "toy-flux": dict(  # starts at sigma .4
-        train_steps=30, batch_size=8, resolution=64, lr=3e-4, lora_rank=8,
+        train_steps=40, batch_size=8, resolution=64, lr=3e-4, lora_rank=8,
         num_inference_steps=5, start=3, first_mid=3, last_mid=4, reward_scale=1e-3,
         diffusion_weight=1e-5, refl_every=4,
         reward="toy_pref", data=f"{TOY}/images", test_prompts=f"{TOY}/prompts_test.txt",
