@@ -28,9 +28,13 @@ Differences from the paper's code:
 6. The diffusion loss is in units of the model's output. If the model predicts v, the error of the
    noise is alpha_bar(t') times that of v, so our diffusion_weight acts like one of
    diffusion_weight / alpha_bar(t') in Eq. 5, which is 1.3 times as much on the toy world.
+7. Flow models, such as FLUX, are ours. There, x_t' = (1 - sigma) x0 + sigma noise, the target is
+   noise - x0, and sampling takes Euler steps. The error of the noise is (1 - sigma)^2 times that of
+   the target, so our diffusion_weight acts like diffusion_weight / (1 - sigma)^2 in Eq. 5, which is
+   2.8 times as much on toy-flux.
 The tuned model is meant to take over from the base model for the last steps: see
 combined_sample.py --mode combined. The held-out reward and the samples come from the tuned model
-alone, in all steps. The paper does not cover FLUX, and neither does this script.
+alone, in all steps.
 
   $ python imagerefl.py                                   # the toy world: a minute on two CPU cores
   $ python imagerefl.py --model sdxl --reward hps         # one CUDA GPU; COCO's images and captions
@@ -73,15 +77,43 @@ PAPER = {
         diffusion_weight=1e-5, refl_every=4,
     ),
 }
-# What we change, and the models that the paper does not cover.
+# What we change, and the models that the paper does not cover. On flows, images start at the step
+# whose noise-to-signal ratio is closest to .63, that of the paper's t' of 226, so at a sigma of
+# about .39. The other values are those of refl.py, with twice its updates, as in the paper.
 OURS = {
     "sd14": {**PAPER["sd15"], "lora_rank": 32},
     "sd15": {**PAPER["sd15"], "lora_rank": 32},
     "sd21": {**PAPER["sd15"], "lora_rank": 32},
     "sdxl": {**PAPER["sdxl"], "lora_rank": 32},
+    "flux-schnell": dict(  # starts at sigma .5; the next step is at .25
+        train_steps=4000, batch_size=16, resolution=512, lr=1e-4, lora_rank=16,
+        num_inference_steps=4, start=2, first_mid=2, last_mid=3, reward_scale=1e-3,
+        diffusion_weight=1e-5, refl_every=4,
+    ),
+    "flux-dev": dict(  # starts at sigma .39
+        train_steps=4000, batch_size=16, resolution=512, lr=1e-4, lora_rank=16,
+        num_inference_steps=28, start=21, first_mid=21, last_mid=27, reward_scale=1e-3,
+        diffusion_weight=1e-5, refl_every=4,
+    ),
+    "sd35": dict(  # starts at sigma .38; step 24, at .0089, hardly changes the image
+        train_steps=600, batch_size=64, resolution=512, lr=1e-4, lora_rank=32,
+        num_inference_steps=25, start=20, first_mid=20, last_mid=23, reward_scale=1e-3,
+        diffusion_weight=1e-5, refl_every=4,
+    ),
+    "z-image": dict(  # starts at sigma .42
+        train_steps=4000, batch_size=16, resolution=512, lr=1e-4, lora_rank=16,
+        num_inference_steps=28, start=25, first_mid=25, last_mid=27, reward_scale=1e-3,
+        diffusion_weight=1e-5, refl_every=4,
+    ),
     "toy": dict(
         train_steps=30, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
         num_inference_steps=20, start=15, first_mid=15, last_mid=19, reward_scale=1e-3,
+        diffusion_weight=1e-5, refl_every=4,
+        reward="toy_pref", data=f"{TOY}/images", test_prompts=f"{TOY}/prompts_test.txt",
+    ),
+    "toy-flux": dict(  # starts at sigma .4
+        train_steps=40, batch_size=8, resolution=64, lr=3e-4, lora_rank=8,
+        num_inference_steps=5, start=3, first_mid=3, last_mid=4, reward_scale=1e-3,
         diffusion_weight=1e-5, refl_every=4,
         reward="toy_pref", data=f"{TOY}/images", test_prompts=f"{TOY}/prompts_test.txt",
     ),
@@ -191,6 +223,8 @@ def main(args):
     # config.json. A fork with guidance or DDIM must also pass guidance_scale, uncond or eta to
     # sample() and denoise() in the loop.
     sampler = dict(scheduler="ddpm", eta=1.0)
+    if model.is_flow:
+        sampler = dict(scheduler="euler", eta=0.0)
     sampler.update(num_inference_steps=args.num_inference_steps, guidance_scale=1.0)
     scheduler = make_scheduler(model, sampler["scheduler"], args.num_inference_steps)
     t_start = scheduler.timesteps[args.start]  # t'

@@ -5,6 +5,7 @@ experiments/NAME.py says what question NAME asks, what it runs, and how long tha
 
   $ OMP_NUM_THREADS=1 python results/run.py refl --jobs 2           # 3 runs and their images
   $ OMP_NUM_THREADS=1 python results/run.py imagerefl --jobs 2      # 7 more runs; it uses refl's
+  $ OMP_NUM_THREADS=1 python results/run.py flows --jobs 2          # both on toy-flux, 9 short runs
   $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 17 short runs
   $ OMP_NUM_THREADS=1 python results/run.py dfusion --jobs 2        # pairs, gradients, 21 runs
   $ OMP_NUM_THREADS=1 python results/run.py diffdoctor              # 13 detectors, 22 treatments
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Python must find our packages, wherever this file is run from.
 sys.path.insert(0, str(ROOT))
-EXPERIMENTS = ("refl", "imagerefl", "focus_n_fix", "dfusion", "diffdoctor", "dreambooth")
+EXPERIMENTS = ("refl", "imagerefl", "flows", "focus_n_fix", "dfusion", "diffdoctor", "dreambooth")
 
 
 def find_experiment(name):

@@ -1,16 +1,20 @@
 """imagerefl.py: what an update is made of, its calls, its loss and its data."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, read_log, run_script
+from conftest import CPU, read_log, read_weights_of_run, run_script
 
+import combined_sample
 import imagerefl
 import refl
-from common import add_noise, diffusion_target, encode, generator, initial_latents, load_model
-from common import make_scheduler, predict_x0
-from data.prompts import condition
+from common import add_noise, decode, denoise, diffusion_target, encode, generator
+from common import initial_latents, load_model, make_scheduler, predict_x0
+from data.images import image_batches, image_data
+from data.prompts import condition, encode_once
+from rewards import load_reward
 
 SHORT = "--num_inference_steps 6 --start 3 --first_mid 3 --last_mid 5".split()
 BATCH = "--batch_size 4 --micro_batch 2 --lora_rank 4 --device cpu".split()
@@ -74,6 +78,84 @@ def test_an_error_in_v_is_larger_than_the_same_error_in_the_noise(world):
     alpha_bar = toy.alphas_cumprod[toy.timesteps[row["start"]]]
     assert toy.config.prediction_type == "v_prediction"
     assert 1 / alpha_bar == pytest.approx(1.33, abs=0.01)
+
+
+def test_an_error_in_a_flow_is_larger_than_the_same_error_in_the_noise(world):
+    """Difference 7: on a flow, the squared error of the noise is (1 - sigma)^2 times the flow's."""
+    model = load_model(world.flux, CPU)
+    scheduler = make_scheduler(model, "euler", 5)
+    t = scheduler.timesteps[3]  # sigma 0.4
+    x0, noise, flow_error = (torch.randn(2, 4, 8, 8, generator=generator(0, i)) for i in range(3))
+    noisy = add_noise(scheduler, x0, noise, t)
+    torch.testing.assert_close(noisy, 0.6 * x0 + 0.4 * noise)
+    target = diffusion_target(scheduler, x0, noise, t)
+    torch.testing.assert_close(target, noise - x0)
+    flow_mse = imagerefl.diffusion_loss(target + flow_error, target)
+    # The noise that this prediction implies, from x_t = 0.6 x0 + 0.4 noise.
+    x0_pred = predict_x0(scheduler, target + flow_error, t, noisy)
+    noise_pred = (noisy - 0.6 * x0_pred) / 0.4
+    noise_mse = imagerefl.diffusion_loss(noise_pred, noise)
+    torch.testing.assert_close(noise_mse, 0.36 * flow_mse, rtol=1e-4, atol=0)
+    # toy-flux starts there, so a weight on the flow's error counts 2.8 times as much.
+    row = imagerefl.OURS["toy-flux"]
+    assert 1 - row["start"] / row["num_inference_steps"] == pytest.approx(0.4)
+    assert 1 / 0.36 == pytest.approx(2.8, abs=0.03)
+
+
+def test_an_update_on_a_flow_by_hand(world):
+    """The loss of the first update, where the LoRA does not change the model yet."""
+    words = ["--train_steps", 1, "--first_mid", 5, "--diffusion_weight", 0.1]
+    (row,) = read_log(train(world, "run", *words, family="flux"))
+
+    # The images, their captions, and the noise of update 1.
+    model = load_model(world.flux, CPU)
+    data = image_data(world.images, 16)
+    picks = torch.randint(4, (4,), generator=generator(0, "data", 1)).tolist()
+    images, prompts = next(image_batches(data, [picks]))
+    encode_once(model, prompts)
+    cond = condition(model, prompts)
+    noise = initial_latents(model, [generator(0, "train", 1, i) for i in range(4)])
+
+    # Of six steps, step 3 has sigma 3/6 and step 5 has sigma 1/6.
+    x0 = encode(model, images)
+    noisy = x0 / 2 + noise / 2
+    latents = noisy
+    reward, _ = load_reward("toy_pref", CPU)
+    with torch.no_grad():
+        for sigma in (3 / 6, 2 / 6):
+            v = denoise(model, latents, torch.tensor(1000 * sigma), cond)
+            latents = latents - v / 6
+        v = denoise(model, latents, torch.tensor(1000 / 6), cond)
+        r = reward(decode(model, latents - v / 6), prompts).mean().item()
+        v = denoise(model, noisy, torch.tensor(1000 * 3 / 6), cond)
+    mse = (v - (noise - x0)).square().mean().item()
+    assert row["mid"] == 5
+    assert row["reward"] == pytest.approx(r, rel=1e-4)
+    assert row["mse"] == pytest.approx(mse, rel=1e-4)
+    assert row["loss"] == pytest.approx(-1e-3 * (r - 3) / 13 + 0.1 * mse, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux_dev"])
+def test_every_flow_trains(world, family):
+    """An update from images and a ReFL step, and both reach the whole LoRA."""
+    run = train(world, "run", "--train_steps", 2, "--refl_every", 2, family=family)
+    assert ["mse" in row for row in read_log(run)] == [True, False]
+    weights = read_weights_of_run(run)
+    moved = [t.abs().max().item() for key, t in weights.items() if "lora_B" in key]
+    assert sum(size > 0 for size in moved) >= 0.8 * len(moved)
+
+
+def test_toy_flux_on_the_command_line():
+    """A run with the defaults, and combined generation from it, with its Euler steps."""
+    words = ["--model", "toy-flux", "--train_steps", 1, "--device", "cpu", "--out", "run"]
+    assert run_script(imagerefl, *words) == 0
+    (row,) = read_log("run")
+    assert row["mid"] in (3, 4) and row["mse"] > 0
+    Path("one.txt").write_text("a red circle\n")
+    words = ["--lora", "run", "--mode", "combined", "--base_steps", 3, "--prompts", "one.txt"]
+    words += ["--num_images", 1, "--device", "cpu", "--out", "images"]
+    assert run_script(combined_sample, *words) == 0
+    assert Path("images/00000_00.png").is_file()
 
 
 @pytest.fixture

@@ -75,15 +75,18 @@ class Bench:
     same for every tuned model, so they are made once.
     """
 
-    def __init__(self, out, prompts, each=EACH):
+    def __init__(
+        self, out, prompts, each=EACH, model="toy", scheduler="ddpm", num_steps=NUM_STEPS
+    ):
         torch.set_num_threads(1)
         self.folder = out.parent / "measured"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.prompts = prompts
         self.each = each
-        self.model = load_model("toy", CPU)
+        self.num_steps = num_steps
+        self.model = load_model(model, CPU)
         encode_once(self.model, prompts)
-        self.scheduler = make_scheduler(self.model, "ddpm", NUM_STEPS)
+        self.scheduler = make_scheduler(self.model, scheduler, num_steps)
         self.starts = {}  # (base steps, guidance) -> latents and states of generators per batch
 
         self.reward, _ = load_reward("toy_pref", CPU)
@@ -133,22 +136,23 @@ class Bench:
 
     @torch.no_grad()
     def combined(self, base_steps, guidance=4.0):
-        """Combined generation: 0 base steps are the tuned model alone, 20 the base model alone."""
+        """Combined generation: with 0 base steps it is the tuned model alone, with all the base."""
         images = []
         for cond, _, generators, latents in self.continued(base_steps, guidance):
             with merged(self.model):
                 latents = sample(
-                    self.model, self.scheduler, latents, cond, base_steps, NUM_STEPS, generators
+                    self.model, self.scheduler, latents, cond, base_steps, self.num_steps,
+                    generators,
                 )
             images.append(decode(self.model, latents))
         return torch.cat(images)
 
     @torch.no_grad()
     def aig(self, power, guidance=4.0):
-        """AIG with the tuned model's weight (i / 20) ** power."""
+        """AIG with the tuned model's weight (i / number of steps) ** power."""
         weights = []
-        for i in range(NUM_STEPS):
-            weights.append(tuned_weight("aig", i, NUM_STEPS, aig_power=power))
+        for i in range(self.num_steps):
+            weights.append(tuned_weight("aig", i, self.num_steps, aig_power=power))
         images = []
         for cond, uncond, generators in self.batches():
             latents = initial_latents(self.model, generators)
