@@ -49,11 +49,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import MODELS, TOY, base_model, decode_in_parts, denoise, find_lora, generator
+from common import TOY, base_model, decode_in_parts, denoise, find_lora, generator
 from common import initial_latents, load_lora, load_model, make_scheduler, merged, pick_device
 from common import sample, scheduler_step
 from data.images import open_image, to_tensor
 from data.prompts import condition, encode_once, read_prompts
+from models import MODELS
 from run_folder import is_main_process, joined_processes, own_part, readable_errors, save_grid
 from run_folder import settings_for, settings_parser, to_pil, wait_for_all, write_atomically
 

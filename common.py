@@ -31,8 +31,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from models import FAMILIES, MODELS
-from models.hub import find_pipeline, load_text_encoders, read_json, split_revision, weight_variant
+from models import FAMILIES
+from models.hub import find_pipeline, load_text_encoders, split_revision, weight_variant
 
 diffusers.logging.disable_progress_bar()
 transformers.logging.disable_progress_bar()

@@ -68,9 +68,10 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import ROOT, TOY, generator, load_lora, load_model, pick_device, split_revision
+from common import ROOT, TOY, generator, load_lora, load_model, pick_device
 from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
+from models.hub import split_revision
 from pages.make import comparison_page, data_uri, some_of
 from rewards import MPS, UNREADABLE, OwnReward, PickScore, build_reward, explain, find_file
 from rewards import is_own, load_complete, load_detector, split_own

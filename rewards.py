@@ -43,7 +43,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionMo
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from transformers.utils import cached_file
 
-from common import TOY, read_json, split_revision
+from common import TOY
+from models.hub import read_json, split_revision
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -33,10 +33,11 @@ from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from common import FAMILIES, MODELS, base_model, decode_in_parts
-from common import find_pipeline, generator, initial_latents, make_scheduler, merged, pick_device
-from common import read_json, sample
+from common import base_model, decode_in_parts, generator, initial_latents, make_scheduler, merged
+from common import pick_device, sample
 from data.prompts import condition
+from models import FAMILIES, MODELS
+from models.hub import find_pipeline, read_json
 from pages.make import run_page
 
 # Settings that do not change the numbers may differ when a run is resumed.
