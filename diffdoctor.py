@@ -100,8 +100,8 @@ OURS = {
         scheduler="euler", num_inference_steps=10, guidance_scale=3.5, grad_steps=1, gamma=0.25,
         save_every=40, reward="imagereward",
     ),
-    # The last step of sd35, at sigma .0089, hardly changes the image, so we use two: the other is at
-    # .15. The last sigma of z-image is .24, and that of the paper's FLUX.1-dev .17.
+    # The last step of sd35, at sigma .0089, hardly changes the image, so we use two. The other is
+    # at .15, the last step of z-image at .24, and that of the paper's FLUX.1-dev at .17.
     "sd35": dict(
         train_steps=2000, batch_size=4, resolution=512, lr=1e-4, lora_rank=16,
         scheduler="euler", num_inference_steps=20, guidance_scale=4.5, grad_steps=2, gamma=0.25,

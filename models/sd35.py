@@ -2,8 +2,8 @@
 
 Latents are (B, 16, h, w). The text encoders are two CLIPs and T5-XXL, which has twice as many
 weights as SD3.5-medium itself. The prompts of a run are encoded once, and then the encoders are
-freed. T5 is optional, as in diffusers: without it, its states are zeros. If it does not fit on your
-GPU, save a folder without it, and pass that folder to --model:
+freed, unless there are more than 10,000 prompts. T5 is optional, as in diffusers: without it, its
+states are zeros. If it does not fit on your GPU, save a folder without it, and pass it to --model:
 
   pipe = StableDiffusion3Pipeline.from_pretrained(
       "stabilityai/stable-diffusion-3.5-medium", text_encoder_3=None, tokenizer_3=None)
@@ -47,12 +47,14 @@ def set_timesteps(model, scheduler, num_inference_steps):
 def encode(model, texts):
     """Per text: the states of both CLIPs and of T5 (77 + 256, D), and CLIP's pooled states (D2,).
 
-    Unconditional is the embedding of "".
+    Unconditional is the embedding of "", which we encode as one more text.
     """
-    states, uncond_states, pooled, uncond_pooled = model.pipe.encode_prompt(
-        prompt=texts, prompt_2=None, prompt_3=None, device=model.device
+    states, _, pooled, _ = model.pipe.encode_prompt(
+        prompt=[*texts, ""], prompt_2=None, prompt_3=None, device=model.device,
+        do_classifier_free_guidance=False,
     )
-    return list(zip(states, pooled)), (uncond_states[0], uncond_pooled[0])
+    embeds = list(zip(states, pooled))
+    return embeds[:-1], embeds[-1]
 
 
 def condition(model, embeds):

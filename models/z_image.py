@@ -35,10 +35,11 @@ def set_timesteps(model, scheduler, num_inference_steps):
 def encode(model, texts):
     """Per text: the states (tokens, D) of Qwen3's last layer but one, without padding.
 
-    Unconditional is the embedding of "".
+    Unconditional is the embedding of "", which we encode as one more text.
     """
     embeds = []
-    # One text at a time, because the pipeline keeps the states of all 36 layers for 512 tokens.
+    # One text at a time: the pipeline pads each to 512 tokens, and keeps the states of all 36
+    # layers, which would take 6 GB for 64 texts.
     for text in [*texts, ""]:
         (states,), _ = model.pipe.encode_prompt(
             [text], device=model.device, do_classifier_free_guidance=False
@@ -52,7 +53,8 @@ def condition(model, embeds):
     states = [states for (states,) in embeds]
     return dict(
         states=torch.cat(states).to(model.device, non_blocking=True),  # (tokens of all prompts, D)
-        lengths=torch.tensor([len(part) for part in states]),  # (B,) on the CPU
+        # (B,), on the CPU, where `predict` can read them without waiting for the GPU.
+        lengths=torch.tensor([len(part) for part in states]),
     )
 
 
