@@ -53,7 +53,8 @@ from data.augment import augment
 from data.images import image_batches, image_data
 from data.labels import Labelled, overlay, read_labels
 from data.prompts import condition, encode_once, read_prompts
-from rewards import REWARD_HELP, Detector, load_detector, load_reward
+from judges.detector import Detector, load_detector
+from rewards import REWARD_HELP, load_reward
 from run_folder import Run, SettingsHelp, check_out, chosen_model, gather, held_out_images
 from run_folder import is_main_process, joined_processes, num_processes, own_part, print_settings
 from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser

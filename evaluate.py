@@ -71,10 +71,13 @@ from transformers.utils import logging as transformers_logging
 from common import ROOT, TOY, generator, load_lora, load_model, pick_device
 from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
+from judges.clip import PickScore
+from judges.detector import load_detector
+from judges.mps import MPS
+from judges.weights import UNREADABLE, explain, find_file, load_complete
 from models.hub import split_revision
 from pages.make import comparison_page, data_uri, some_of
-from rewards import MPS, UNREADABLE, OwnReward, PickScore, build_reward, explain, find_file
-from rewards import is_own, load_complete, load_detector, split_own
+from rewards import OwnReward, build_reward, is_own, split_own
 from run_folder import gather, generate_batches, is_main_process, joined_processes, own_part
 from run_folder import readable_errors, settings_parser, to_pil, wait_for_all, write_atomically
 from toy.oracle import correct
@@ -495,8 +498,9 @@ def fingerprint(name, source, device, folder, rows):
     elif source:
         weights = [path for path in sorted(Path(source).glob("*")) if path.is_file()]
     code = []
-    for file in ("evaluate.py", "rewards.py", "common.py", "toy/oracle.py", "toy/scenes.py"):
-        code.append((ROOT / file).read_bytes())
+    files = [ROOT / file for file in ("evaluate.py", "rewards.py", "toy/oracle.py", "toy/scenes.py")]
+    for file in [*files, *sorted((ROOT / "judges").glob("*.py"))]:
+        code.append(file.read_bytes())
     images = []
     for row in rows:
         path = Path(folder) / row["file_name"]

@@ -58,7 +58,9 @@ from common import TOY, base_model, decode, decode_in_parts, denoise, generator,
 from common import load_model, make_scheduler, make_trainable, merged, pick_device, sample
 from common import scheduler_step
 from data.prompts import condition, encode_once, read_prompts
-from rewards import REWARD_HELP, Detector, PickScore, known_reward, load_detector, load_reward
+from judges.clip import PickScore
+from judges.detector import Detector, load_detector
+from rewards import REWARD_HELP, known_reward, load_reward
 from run_folder import Run, check_out, chosen_model, describe_reward, gather, held_out
 from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
 from run_folder import reward_means, run_name, save_grid, score, settings_for, settings_parser

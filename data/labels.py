@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import pick_device
 from data.coco import write_atomically
 from data.images import image_batches, image_data, open_image, to_tensor
-from rewards import load_detector
+from judges.detector import load_detector
 from run_folder import SettingsHelp, readable_errors, settings_parser, to_pil
 
 SOURCES = ("human", "pseudo", "real")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data.coco import captions
-from rewards import check_tokenizer
+from judges.weights import check_tokenizer
 
 
 def read_prompts(path, split="train"):

@@ -695,11 +695,11 @@ def random_model(family, device, resolution, tiny):
 def random_reward(device, tiny):
     """PickScore's network, a CLIP ViT-H/14, with random weights. All prompts read alike."""
     import random_weights
-    import rewards
+    from judges.clip import PickScore
 
     make = functools.partial(CLIPModel, random_weights.clip_h_config(not tiny, 1000))
 
-    class RandomPickScore(rewards.PickScore):
+    class RandomPickScore(PickScore):
         def __init__(self):
             self.clip = build(make, device, default_dtype(device))
             self.size = self.clip.config.vision_config.image_size
@@ -717,11 +717,11 @@ def random_reward(device, tiny):
 
 def random_detector(device, tiny):
     """A SegFormer-b5 for 512 pixels with random weights."""
-    import rewards
+    from judges.detector import Detector
 
     config = SegformerConfig(**(TINY_B5 if tiny else B5))
     make = functools.partial(SegformerForSemanticSegmentation, config)
-    return rewards.Detector(build(make, device, torch.float32), 64 if tiny else 512)
+    return Detector(build(make, device, torch.float32), 64 if tiny else 512)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from transformers import CLIPTextModelWithProjection, Qwen3Config, Qwen3Model, T5Config
 from transformers import T5EncoderModel
 
+import judges.clip
+import judges.imagereward
+import judges.mps
 from common import generator
 from run_folder import readable_errors, to_pil
 
@@ -452,3 +455,9 @@ def random_lora(params, size=0.3):
     """Fills LoRA parameters with fixed random numbers, so that the LoRA changes the model."""
     for i, p in enumerate(params):
         p.data = size * torch.randn(p.shape, generator=generator(0, "lora weights", i))
+
+
+def use_bf16(monkeypatch):
+    """Lets the judges load in bf16, as they do on CUDA."""
+    for module in (judges.clip, judges.imagereward, judges.mps):
+        monkeypatch.setattr(module, "judge_dtype", lambda device: torch.bfloat16)

@@ -20,6 +20,7 @@ import evaluate
 import rewards
 from common import decode, denoise, encode, load_model, make_trainable
 from data.prompts import condition
+from judges.detector import load_detector
 
 T = 4  # --num_inference_steps of training_commands
 B = 2  # and its --batch_size
@@ -109,7 +110,7 @@ def price(world):
     model = load_model(world.sd, CPU)
     reward, _ = rewards.load_reward("toy_pref", CPU)
     reward.text(PROMPTS[0])
-    detector = rewards.load_detector(ROOT / "toy" / "detector", CPU)
+    detector = load_detector(ROOT / "toy" / "detector", CPU)
     cond = condition(model, PROMPTS[:1])
     latents = torch.randn(1, *model.latent_shape)
     needs_grad = latents.clone().requires_grad_()

@@ -22,7 +22,7 @@ from data.prompts import condition, read_prompts
 from data import augment
 from data.labels import SPLITS, Labelled, read_labels
 from results.experiments import dreambooth
-from rewards import Detector, load_detector
+from judges.detector import Detector, load_detector
 from run_folder import Run
 
 

@@ -11,7 +11,7 @@ import random_weights
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from conftest import CPU, PROMPTS, random_lora, run_script
+from conftest import CPU, PROMPTS, random_lora, run_script, use_bf16
 from PIL import Image
 from random_weights import vit_feature
 from safetensors.torch import save_file
@@ -20,7 +20,8 @@ from transformers import AutoImageProcessor, ViTModel
 import evaluate
 import rewards
 from common import TOY, generator, load_model, make_trainable
-from rewards import load_detector, load_reward
+from judges.detector import load_detector
+from rewards import load_reward
 from run_folder import generate, to_pil
 from toy.oracle import correct
 from toy.scenes import render, sample_scene
@@ -400,7 +401,7 @@ def test_bad_folders_and_flags(tmp_path):
 
 def test_judges_measure_in_fp32_where_training_takes_bf16(monkeypatch):
     """As on CUDA, where a judge in bf16 would be off by more than many a difference."""
-    monkeypatch.setattr(rewards, "judge_dtype", lambda device: torch.bfloat16)
+    use_bf16(monkeypatch)
     for name in ("toy_pref", "toy_pref_b", "toy_clip"):
         source = TOY / name.removeprefix("toy_")
         assert evaluate.build_network(name, str(source), CPU).clip.dtype == torch.float32

@@ -20,7 +20,9 @@ from data.prompts import condition
 from focus_n_fix import LEVEL, Pool, Region, base_and_mask, change, concept_reward, draft
 from focus_n_fix import focus_loss, grad_cam, last_norm, problem_mask, sample_in_two
 from results.experiments.focus_n_fix import training_rows
-from rewards import load_detector, load_reward, preprocess
+from judges.detector import load_detector
+from judges.images import preprocess
+from rewards import load_reward
 from run_folder import generate
 
 SAMPLER = dict(scheduler="ddim", eta=0.0, num_inference_steps=4, guidance_scale=2.0)

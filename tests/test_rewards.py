@@ -13,7 +13,7 @@ import random_weights
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2 as T
-from conftest import CPU
+from conftest import CPU, use_bf16
 from random_weights import FILES, aesthetic_scores, crop, imagereward_scores, mps_scores, pad
 from random_weights import read_state, write_state
 from torchvision.transforms import InterpolationMode
@@ -21,9 +21,15 @@ from transformers import AutoModelForSemanticSegmentation, AutoTokenizer, CLIPIm
 from transformers import CLIPModel, SegformerConfig, SegformerForSemanticSegmentation
 
 import evaluate
+import judges.imagereward
+import judges.mps
+import judges.weights
 import rewards
 from common import TOY, generator
-from rewards import CLIP_MEAN, CLIP_STD, MPS, REWARDS, load_detector, load_reward, preprocess
+from judges.detector import load_detector
+from judges.images import CLIP_MEAN, CLIP_STD, preprocess
+from judges.mps import MPS
+from rewards import REWARDS, load_reward
 from run_folder import to_pil
 
 NAMES = ["hps", "pick", "imagereward", "clip", "clip_h", "mps", "aesthetic"]
@@ -159,7 +165,7 @@ def test_mps_and_aesthetic_in_bf16(weights, monkeypatch):
     for name, tolerance in (("mps", 0.5), ("aesthetic", 0.05)):
         exact = load(name, weights / name)(images, PROMPTS)
         with monkeypatch.context() as patch:
-            patch.setattr(rewards, "judge_dtype", lambda device: torch.bfloat16)
+            use_bf16(patch)
             rough = load(name, weights / name)
         assert rough.clip.dtype == torch.bfloat16
         r = rough(images, PROMPTS)
@@ -239,7 +245,7 @@ def test_every_name_means_its_published_weights(monkeypatch):
     def path_of(repo, filename, **options):
         return f"{repo}/{filename}"
 
-    monkeypatch.setattr(rewards, "cached_file", path_of)
+    monkeypatch.setattr(judges.weights, "cached_file", path_of)
     for judge in ("ClipScore", "PickScore", "ImageReward", "MPS", "Aesthetic"):
         monkeypatch.setattr(rewards, judge, lambda *args, **options: (*args, options))
     hps = Path("xswu/HPSv2/HPS_v2.1_compressed.pt")
@@ -259,9 +265,9 @@ def test_every_name_means_its_published_weights(monkeypatch):
 def test_sizes_are_read_off_the_published_tensors():
     with torch.device("meta"):
         shapes = random_weights.imagereward_shapes(True, 30524)
-        blip = rewards.build_blip_scorer({key: torch.empty(shapes[key]) for key in shapes})
+        blip = judges.imagereward.build_blip_scorer({key: torch.empty(shapes[key]) for key in shapes})
         clip = CLIPModel(random_weights.clip_h_config(True, 49408))
-        rebuilt = CLIPModel(rewards.build_clip_config(clip.state_dict()))
+        rebuilt = CLIPModel(judges.mps.build_clip_config(clip.state_dict()))
     assert random_weights.shapes_of(rebuilt) == random_weights.shapes_of(clip)
     configs = [blip["vision"].config, blip["text"].config]
     configs += [rebuilt.config.vision_config, rebuilt.config.text_config]

@@ -26,7 +26,7 @@ from PIL import Image
 from common import TOY
 from data.labels import Labelled, diagnose, read_labels
 from diffdoctor import detector_metrics
-from rewards import load_detector
+from judges.detector import load_detector
 from toy import oracle
 from toy.artifacts import corrupt
 from toy.scenes import SHAPES, SIZE, render, sample_scene

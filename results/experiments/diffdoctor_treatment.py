@@ -24,7 +24,7 @@ import torch
 from common import TOY, base_model, load_lora, load_model
 from data.prompts import encode_once
 from data.labels import overlay
-from rewards import load_detector
+from judges.detector import load_detector
 from run_folder import generate
 from toy import oracle
 from toy.scenes import parse_caption

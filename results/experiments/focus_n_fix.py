@@ -27,7 +27,7 @@ from common import TOY, generator, initial_latents, load_lora, load_model, make_
 from data.prompts import encode_once, read_prompts
 from focus_n_fix import OURS, THRESHOLD, Region, artifact_reward, base_and_mask, change, focus_loss
 from focus_n_fix import sample_in_two
-from rewards import load_detector
+from judges.detector import load_detector
 from run_folder import score, to_pil
 from toy import oracle
 
