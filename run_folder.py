@@ -445,14 +445,15 @@ class Run:
         self.write_config()
 
     def write_page(self):
-        """Writes index.html. The page is a convenience, so training goes on without it."""
+        """Writes index.html from the files of this folder."""
+        path = self.dir / "index.html"
+        rows = self.read_log()
         try:
-            text = run_page(
-                self.dir / "samples", self.method, self.config, self.read_log(), self.paper
-            )
-            write_atomically(self.dir / "index.html", text)
-        except OSError as error:
-            tqdm.write(f"{self.dir / 'index.html'} is not up to date: {error}", file=sys.stderr)
+            text = run_page(self.dir / "samples", self.method, self.config, rows, self.paper)
+            write_atomically(path, text)
+        except Exception as error:
+            # Whatever is wrong with a page or a picture, it must not end the training.
+            tqdm.write(f"{path} is not up to date: {error!r}", file=sys.stderr)
 
     def write_config(self):
         write_atomically(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")

@@ -52,10 +52,10 @@ def table(header, rows, marked=()):
 
 
 def ticks(low, high):
-    """Two to five round numbers in the range from low to high."""
-    span = high - low
-    power = 10 ** math.floor(math.log10(span / 4))
-    size = next(k * power for k in (1, 2, 5, 10) if k * power >= span / 4)
+    """One to five round numbers from low to high: multiples of 1, 2 or 5 times a power of 10."""
+    at_least = (high - low) / 4
+    power = 10 ** math.floor(math.log10(at_least))
+    size = next((k * power for k in (1, 2, 5) if k * power >= at_least), 10 * power)
     return [k * size for k in range(math.ceil(low / size), math.floor(high / size) + 1)]
 
 
@@ -293,10 +293,11 @@ def run_page(folder, method, config, rows, paper):
     names = [method, config.get("model"), config.get("reward")]
     title = " · ".join(name for name in names if name)
     before = config.get("before", {})
+    first = before.get("test_reward")
     subtitle = f"update {rows[-1]['step'] if rows else 0} of {config['train_steps']}"
     rewards = [row["test_reward"] for row in rows if "test_reward" in row]
-    if rewards and "test_reward" in before:
-        subtitle += f", held-out reward {before['test_reward']:.6g} before and {rewards[-1]:.6g} now"
+    if rewards and first is not None:
+        subtitle += f", held-out reward {first:.6g} before and {rewards[-1]:.6g} now"
     content = (
         f'<div class="top"><section><h2>Curves</h2>\n{curves(rows, before)}</section>\n'
         f"<section><h2>Settings</h2>\n{settings_table(config, paper)}</section></div>\n"

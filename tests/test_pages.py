@@ -1,4 +1,4 @@
-"""index.html of a run, and evaluate.py --html: complete, self-contained, escaped, the same twice."""
+"""index.html of a run, and evaluate.py --html: complete, self-contained, escaped, repeatable."""
 
 import base64
 import io
