@@ -116,7 +116,7 @@ def check_out(args):
 
 def papers_settings(args, paper):
     """The row of the table PAPER for this run's model; {} if the paper has none."""
-    return paper.get(model_family(args.model), {}) if paper else {}
+    return paper.get(model_family(args.model), {})
 
 
 def print_settings(args, paper, params):
@@ -404,7 +404,7 @@ class Run:
         self.args = args
         self.sampler = sampler
         self.method = method
-        self.paper = papers_settings(args, paper)
+        self.paper = papers_settings(args, paper) if paper else None
         self.dir = Path(args.out)
         self.weights = self.dir / ("lora" if getattr(args, "lora_rank", 0) else "model")
         self.checkpoint = self.dir / "checkpoint" / "state.pt"

@@ -211,21 +211,24 @@ def curves(rows, before):
 
 
 def settings_table(config, paper):
-    """Every setting of config.json, with the paper's value if there is one."""
+    """Every setting of config.json, with the paper's value if there is one. paper: see run_page."""
+    known = paper or {}
     rows = []
     marked = []
     for name, value in config.items():
         if name == "sampler":
             value = ", ".join(f"{key} {part}" for key, part in value.items())
         if name != "before":
-            if paper.get(name) not in (None, value):
+            if known.get(name) not in (None, value):
                 marked.append((len(rows), 1))
-            rows.append([name, str(value), str(paper.get(name, ""))])
-    if not paper:
-        note = "The paper has no settings for this model: all values are ours."
-        return table(["setting", "value"], [row[:2] for row in rows]) + f"<p>{note}</p>\n"
-    note = "Bold values differ from the paper's."
-    return table(["setting", "value", "paper"], rows, marked) + f"<p>{note}</p>\n"
+            rows.append([name, str(value), str(known.get(name, ""))])
+    if paper:
+        note = "<p>Bold values differ from the paper's.</p>\n"
+        return table(["setting", "value", "paper"], rows, marked) + note
+    note = ""
+    if paper == {}:
+        note = "<p>The paper has no settings for this model: all values are ours.</p>\n"
+    return table(["setting", "value"], [row[:2] for row in rows]) + note
 
 
 @functools.cache
@@ -288,7 +291,7 @@ def run_page(folder, method, config, rows, paper):
     """The text of a run's index.html.
 
     folder: its pictures. config and rows: what config.json and log.jsonl hold. paper: the paper's
-    settings for this model, or {}.
+    settings for this model, {} if it has none, or None to say nothing about them.
     """
     names = [method, config.get("model"), config.get("reward")]
     title = " · ".join(name for name in names if name)
