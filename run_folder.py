@@ -416,7 +416,10 @@ class Run:
         # A round trip through JSON turns tuples into lists, so that old and new can be compared.
         self.config = json.loads(json.dumps(self.config))
         if args.resume:
-            self.check_config()
+            old = json.loads((self.dir / "config.json").read_text())
+            self.check_config(old)
+            # Keep what was added to the settings later, such as the values before training.
+            self.config = {**old, **self.config}
         # A run that was stopped before its first checkpoint starts over.
         if not (args.resume and self.checkpoint.is_file()):
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -424,9 +427,8 @@ class Run:
             write_atomically(self.dir / "log.jsonl", "")
         wait_for_all()
 
-    def check_config(self):
-        """Exits if a setting that changes the numbers differs from the run's."""
-        old = json.loads((self.dir / "config.json").read_text())
+    def check_config(self, old):
+        """Exits if a setting that changes the numbers differs from the run's, `old`."""
         changes = [
             f"{name} was {old.get(name)!r} and is {value!r}"
             for name, value in self.config.items()
@@ -434,8 +436,6 @@ class Run:
         ]
         if changes:
             sys.exit(f"--resume: these settings differ from the run's: {'; '.join(changes)}")
-        # Keep what was added to the settings later, such as the values before training.
-        self.config = {**old, **self.config}
 
     def note_before(self, **values):
         """Adds held-out values of the untrained model to config.json; the log begins after them."""
