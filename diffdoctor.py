@@ -563,8 +563,6 @@ def held_out_confidence(run, model, detector, reward, prompts, step, untreated=N
         test_drift=(drift / distance).item(),
         test_reward=r.mean().item(),
     )
-    if step == 0:
-        run.note_before(**stats)
     return stats, (images, maps)
 
 
@@ -620,6 +618,7 @@ def treat(args):
     print_settings(args, PAPER, params)
     # Drift is measured from the untreated model, so a checkpoint must not be loaded yet.
     first, untreated = held_out_confidence(run, model, detector, reward, test_prompts, step=0)
+    run.note_before(**first)
     print(f"held-out artifact confidence before: {describe(first, args.reward)}")
     if first["test_max"] < 0.1:
         print("  The detector sees next to nothing in these images, so there is little to learn.")

@@ -975,8 +975,8 @@ def prompt_slides(folders):
 def write_page(path, results, folders, shown):
     """Writes --html: the tables, the notes and the images."""
     notes = [
-        "In brackets: 95% bootstrap intervals over prompts. Bold: the whole interval is better than "
-        "those of all other folders, where less is better for artifacts and more for dino_div.",
+        "In brackets: 95% bootstrap intervals over prompts. Bold: the whole interval is better "
+        "than those of all other folders. Less is better for artifacts, more for dino_div.",
         *notes_of(results, folders, shown),
     ]
     tables = []

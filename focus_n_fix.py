@@ -513,8 +513,6 @@ def compare(run, model, scheduler, num_prefix_steps, pairs, reward, spread, step
         only_tail = sample_pairs("base", "tuned")
         stats["test_outside_prefix"] = change(only_prefix, base, 1 - mask).mean().item()
         stats["test_outside_tail"] = change(only_tail, base, 1 - mask).mean().item()
-    if step == 0:
-        run.note_before(**stats)
     return stats
 
 
@@ -586,7 +584,7 @@ def main(args):
     if run.start == 0:
         before = held_out(run, model, reward, test_prompts, step=0)
         print(f"held-out {args.reward} before: {describe_reward(before)}")
-        compare_with_base(step=0)
+        run.note_before(**compare_with_base(step=0))
 
     # Those of flows are not whole numbers.
     last_timesteps = [round(t) for t in scheduler.timesteps[num_prefix_steps:].tolist()]

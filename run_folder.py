@@ -116,7 +116,7 @@ def check_out(args):
 
 def papers_settings(args, paper):
     """The row of the table PAPER for this run's model; {} if the paper has none."""
-    return paper.get(model_family(args.model), {}) if paper else {}
+    return paper.get(model_family(args.model), {})
 
 
 def print_settings(args, paper, params):
@@ -404,7 +404,7 @@ class Run:
         self.args = args
         self.sampler = sampler
         self.method = method
-        self.paper = papers_settings(args, paper)
+        self.paper = papers_settings(args, paper) if paper else None
         self.dir = Path(args.out)
         self.weights = self.dir / ("lora" if getattr(args, "lora_rank", 0) else "model")
         self.checkpoint = self.dir / "checkpoint" / "state.pt"
@@ -416,7 +416,10 @@ class Run:
         # A round trip through JSON turns tuples into lists, so that old and new can be compared.
         self.config = json.loads(json.dumps(self.config))
         if args.resume:
-            self.check_config()
+            old = json.loads((self.dir / "config.json").read_text())
+            self.check_config(old)
+            # Keep what was added to the settings later, such as the values before training.
+            self.config = {**old, **self.config}
         # A run that was stopped before its first checkpoint starts over.
         if not (args.resume and self.checkpoint.is_file()):
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -424,9 +427,8 @@ class Run:
             write_atomically(self.dir / "log.jsonl", "")
         wait_for_all()
 
-    def check_config(self):
-        """Exits if a setting that changes the numbers differs from the run's."""
-        old = json.loads((self.dir / "config.json").read_text())
+    def check_config(self, old):
+        """Exits if a setting that changes the numbers differs from the run's, `old`."""
         changes = [
             f"{name} was {old.get(name)!r} and is {value!r}"
             for name, value in self.config.items()
@@ -434,8 +436,6 @@ class Run:
         ]
         if changes:
             sys.exit(f"--resume: these settings differ from the run's: {'; '.join(changes)}")
-        # Keep what was added to the settings later, such as the values before training.
-        self.config = {**old, **self.config}
 
     def note_before(self, **values):
         """Adds held-out values of the untrained model to config.json; the log begins after them."""
@@ -445,14 +445,15 @@ class Run:
         self.write_config()
 
     def write_page(self):
-        """Writes index.html. The page is a convenience, so training goes on without it."""
+        """Writes index.html from the files of this folder."""
+        path = self.dir / "index.html"
+        rows = self.read_log()
         try:
-            text = run_page(
-                self.dir / "samples", self.method, self.config, self.read_log(), self.paper
-            )
-            write_atomically(self.dir / "index.html", text)
-        except OSError as error:
-            tqdm.write(f"{self.dir / 'index.html'} is not up to date: {error}", file=sys.stderr)
+            text = run_page(self.dir / "samples", self.method, self.config, rows, self.paper)
+            write_atomically(path, text)
+        except Exception as error:
+            # Whatever is wrong with a page or a picture, it must not end the training.
+            tqdm.write(f"{path} is not up to date: {error!r}", file=sys.stderr)
 
     def write_config(self):
         write_atomically(self.dir / "config.json", json.dumps(self.config, indent=1) + "\n")

@@ -52,10 +52,10 @@ def table(header, rows, marked=()):
 
 
 def ticks(low, high):
-    """Two to five round numbers in the range from low to high."""
-    span = high - low
-    power = 10 ** math.floor(math.log10(span / 4))
-    size = next(k * power for k in (1, 2, 5, 10) if k * power >= span / 4)
+    """One to five round numbers from low to high: multiples of 1, 2 or 5 times a power of 10."""
+    at_least = (high - low) / 4
+    power = 10 ** math.floor(math.log10(at_least))
+    size = next((k * power for k in (1, 2, 5) if k * power >= at_least), 10 * power)
     return [k * size for k in range(math.ceil(low / size), math.floor(high / size) + 1)]
 
 
@@ -211,21 +211,24 @@ def curves(rows, before):
 
 
 def settings_table(config, paper):
-    """Every setting of config.json, with the paper's value if there is one."""
+    """Every setting of config.json, with the paper's value if there is one. paper: see run_page."""
+    known = paper or {}
     rows = []
     marked = []
     for name, value in config.items():
         if name == "sampler":
             value = ", ".join(f"{key} {part}" for key, part in value.items())
         if name != "before":
-            if paper.get(name) not in (None, value):
+            if known.get(name) not in (None, value):
                 marked.append((len(rows), 1))
-            rows.append([name, str(value), str(paper.get(name, ""))])
-    if not paper:
-        note = "The paper has no settings for this model: all values are ours."
-        return table(["setting", "value"], [row[:2] for row in rows]) + f"<p>{note}</p>\n"
-    note = "Bold values differ from the paper's."
-    return table(["setting", "value", "paper"], rows, marked) + f"<p>{note}</p>\n"
+            rows.append([name, str(value), str(known.get(name, ""))])
+    if paper:
+        note = "<p>Bold values differ from the paper's.</p>\n"
+        return table(["setting", "value", "paper"], rows, marked) + note
+    note = ""
+    if paper == {}:
+        note = "<p>The paper has no settings for this model: all values are ours.</p>\n"
+    return table(["setting", "value"], [row[:2] for row in rows]) + note
 
 
 @functools.cache
@@ -288,15 +291,16 @@ def run_page(folder, method, config, rows, paper):
     """The text of a run's index.html.
 
     folder: its pictures. config and rows: what config.json and log.jsonl hold. paper: the paper's
-    settings for this model, or {}.
+    settings for this model, {} if it has none, or None to say nothing about them.
     """
     names = [method, config.get("model"), config.get("reward")]
     title = " · ".join(name for name in names if name)
     before = config.get("before", {})
+    first = before.get("test_reward")
     subtitle = f"update {rows[-1]['step'] if rows else 0} of {config['train_steps']}"
     rewards = [row["test_reward"] for row in rows if "test_reward" in row]
-    if rewards and "test_reward" in before:
-        subtitle += f", held-out reward {before['test_reward']:.6g} before and {rewards[-1]:.6g} now"
+    if rewards and first is not None:
+        subtitle += f", held-out reward {first:.6g} before and {rewards[-1]:.6g} now"
     content = (
         f'<div class="top"><section><h2>Curves</h2>\n{curves(rows, before)}</section>\n'
         f"<section><h2>Settings</h2>\n{settings_table(config, paper)}</section></div>\n"

@@ -1,4 +1,4 @@
-"""index.html of a run, and evaluate.py --html: complete, self-contained, escaped, the same twice."""
+"""index.html of a run, and evaluate.py --html: complete, self-contained, escaped, repeatable."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import evaluate
 import pytest
 import torch
-from conftest import SCRIPTS_THAT_TRAIN, run_script, training_commands
+from conftest import PROMPTS, SCRIPTS_THAT_TRAIN, run_script, training_commands
 from PIL import Image, ImageChops
 
 import refl
@@ -78,25 +78,27 @@ def num_points(polyline):
     return len(polyline.attrs["points"].split())
 
 
-SAMPLES = [("Samples", ["update 0", "update 2", "update 4"], ["", ""])]
+UPDATES = ["update 0", "update 2", "update 4"]
+SAMPLES = ("Samples", UPDATES, PROMPTS[:1], ["", ""])
 WITH_ARTIFACTS = ["before", "its artifacts", "now", "its artifacts"]
-# What each script's page shows: heading, slides, and the labels of a figure's images.
+WITH_REGION = ["I0: base model", "M: region", "I: now", "3 |I - I0|"]
+# What each page shows: heading, slides, captions in a slide, labels of a figure's images.
 SECTIONS = {
-    "refl": SAMPLES,
-    "imagerefl": SAMPLES,
-    "treat": [("Samples", ["update 0", "update 2", "update 4"], WITH_ARTIFACTS)],
-    "detector": [("Samples", ["update 2", "update 4"], ["image", "label", "detector"])],
-    "focus_n_fix": [
-        *SAMPLES,
-        (
-            "Regions",
-            ["update 0", "update 2", "update 4"],
-            ["I0: base model", "M: region", "I: now", "3 |I - I0|"],
-        ),
+    "refl": [SAMPLES],
+    "imagerefl": [SAMPLES],
+    "treat": [("Samples", UPDATES, PROMPTS[:1] * 2, WITH_ARTIFACTS)],
+    "detector": [
+        ("Samples", UPDATES[1:], ["test image 1", "test image 2"], ["image", "label", "detector"])
     ],
+    "focus_n_fix": [SAMPLES, ("Regions", UPDATES, PROMPTS[:1], WITH_REGION)],
     "dfusion_dpo": [
-        *SAMPLES,
-        ("Training pairs", ["round 0", "round 1"], ["base", "reference", "mask", "target"]),
+        SAMPLES,
+        (
+            "Training pairs",
+            ["round 0", "round 1"],
+            PROMPTS[1:2],
+            ["base", "reference", "mask", "target"],
+        ),
     ],
 }
 
@@ -111,8 +113,8 @@ def test_every_script_shows_all_its_pictures_and_its_log(world, name):
 
     viewers = page.find("div", "viewer")
     headings = [h2.text for h2 in page.find("h2")][2:]
-    assert headings == [heading for heading, _, _ in SECTIONS[name]]
-    for viewer, (_, names, labels) in zip(viewers, SECTIONS[name], strict=True):
+    assert headings == [heading for heading, *_ in SECTIONS[name]]
+    for viewer, (_, names, captions, labels) in zip(viewers, SECTIONS[name], strict=True):
         slides = page.find("div", "slide", inside=viewer)
         assert [slide.attrs["data-name"] for slide in slides] == names
         # Without JavaScript, the last slide is shown, beside the first if the figures have no
@@ -120,12 +122,12 @@ def test_every_script_shows_all_its_pictures_and_its_log(world, name):
         hidden = ["hidden" in slide.attrs for slide in slides]
         assert not hidden[-1] and hidden[0] == any(labels)
         for slide in slides:
+            texts = [caption.text for caption in page.find("figcaption", inside=slide)]
+            assert texts == captions
             for figure in page.find("figure", inside=slide):
                 assert len(page.find("img", inside=figure)) == len(labels)
-                assert [small.text for small in page.find("small", inside=figure)] == [
-                    label for label in labels if label
-                ]
-    assert len(page.find("img")) > 0
+                texts = [small.text for small in page.find("small", inside=figure)]
+                assert texts == [label for label in labels if label]
 
     # A curve for every number of the log, with a point for every update that has it.
     rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
