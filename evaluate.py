@@ -498,9 +498,10 @@ def fingerprint(name, source, device, folder, rows):
     elif source:
         weights = [path for path in sorted(Path(source).glob("*")) if path.is_file()]
     code = []
-    files = [ROOT / file for file in ("evaluate.py", "rewards.py", "toy/oracle.py", "toy/scenes.py")]
-    for file in [*files, *sorted((ROOT / "judges").glob("*.py"))]:
-        code.append(file.read_bytes())
+    files = ["evaluate.py", "rewards.py", "toy/oracle.py", "toy/scenes.py"]
+    files += sorted((ROOT / "judges").glob("*.py"))
+    for file in files:
+        code.append((ROOT / file).read_bytes())
     images = []
     for row in rows:
         path = Path(folder) / row["file_name"]

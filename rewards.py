@@ -159,7 +159,7 @@ def split_reward(spec):
         sys.exit(f"--reward is required with this model. Choose from {', '.join(REWARDS)}")
     parts = [split_part(text.strip()) for text in spec.split(",")]
     if len({part.name for part in parts}) < len(parts):
-        sys.exit(f"--reward {spec}: two parts have the same name, so the log cannot tell them apart")
+        sys.exit(f"--reward {spec}: two parts have the same name, which the log cannot tell apart")
     return parts
 
 

@@ -265,7 +265,8 @@ def test_every_name_means_its_published_weights(monkeypatch):
 def test_sizes_are_read_off_the_published_tensors():
     with torch.device("meta"):
         shapes = random_weights.imagereward_shapes(True, 30524)
-        blip = judges.imagereward.build_blip_scorer({key: torch.empty(shapes[key]) for key in shapes})
+        empty = {key: torch.empty(shapes[key]) for key in shapes}
+        blip = judges.imagereward.build_blip_scorer(empty)
         clip = CLIPModel(random_weights.clip_h_config(True, 49408))
         rebuilt = CLIPModel(judges.mps.build_clip_config(clip.state_dict()))
     assert random_weights.shapes_of(rebuilt) == random_weights.shapes_of(clip)
