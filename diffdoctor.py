@@ -747,7 +747,7 @@ def treat(args):
     progress.close()
 
     reason = stop_reason(evaluations, args.patience, args.max_drift) or "all updates are done"
-    print(f"stopped: {reason}. Pictures, before and after with their maps: {run.dir / 'samples'}")
+    print(f"stopped: {reason}. Before and after: {run.dir / 'index.html'}")
     candidates = [row for row in evaluations[1:] if row["test_drift"] <= args.max_drift]
     if candidates:
         best = min(candidates, key=itemgetter("test_mean"))

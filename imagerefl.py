@@ -349,7 +349,7 @@ def main(args):
 
     # From the log, because a resumed run may have had nothing left to do.
     after = describe_reward(run.read_log()[-1])
-    print(f"held-out {args.reward} after:  {after}; pictures: {run.dir / 'samples'}")
+    print(f"held-out {args.reward} after:  {after}; see {run.dir / 'index.html'}")
 
 
 if __name__ == "__main__":
