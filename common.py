@@ -10,7 +10,7 @@ carry the gradient belong in the scripts. What is particular to a family of mode
   x0        = predict_x0(scheduler, denoise(model, latents, t, cond), t, latents)
   images    = decode(model, x0)                                 (B, 3, H, W) in [0, 1]
 
-Latents are (B, C, h, w) in fp32 everywhere, even for FLUX. Timesteps run from 1000 down to 0.
+Latents are (B, C, h, w) in fp32 everywhere, even for FLUX. Timesteps run from 1000 or 999 down.
 """
 
 import contextlib
@@ -202,7 +202,8 @@ def load_model(name, device, resolution=None, full=False):
 def denoise(model, latents, t, cond, guidance_scale=1.0, uncond=None):
     """Calls the denoiser on latents (B, C, h, w) at timestep t, a scalar or (B,) -> its output.
 
-    A guidance_scale above 1 needs `uncond` and runs both halves in one batch: u + w (c - u).
+    A guidance_scale other than 1 needs `uncond`, also of B prompts, and runs both halves in one
+    batch: u + w (c - u).
     FLUX.1-dev takes the guidance scale as an input instead.
     """
     if model.lora_is_merged and torch.is_grad_enabled():
@@ -463,10 +464,11 @@ def apply_alphas(tensors):
 
 
 def restore_precision(model, state):
-    """Restores the fp32 values of a LoRA's file, which the bf16 layers have rounded."""
+    """Restores the fp32 values of a LoRA's file, which the bf16 layers have rounded; trainable."""
     for name, p in model.denoiser.named_parameters():
         if "lora_" in name:
             p.data = p.data.float()
+            p.requires_grad_(True)  # the header of a file may ask for a LoRA that is frozen
     prefix = f"{model.denoiser_name}."
     tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if not any("lora_A" in key for key in tensors):

@@ -73,6 +73,7 @@ from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
 from judges.clip import PickScore
 from judges.detector import load_detector
+from judges.imagereward import ImageReward
 from judges.mps import MPS
 from judges.weights import UNREADABLE, explain, find_file, load_complete
 from models.hub import split_revision
@@ -461,9 +462,8 @@ def build_network(name, source, device):
     if name == "toy_pref_b":
         return PickScore(source, source, device, dtype=torch.float32)
     if name == "imagereward_raw":
-        reward = build_reward("imagereward", source, device, torch.float32)
-        reward.raw = True
-        return reward
+        file = find_file(source, ["ImageReward.pt"], "THUDM/ImageReward")
+        return ImageReward(file, device, dtype=torch.float32, raw=True)
     # Measuring wants more digits than training: fp32 on every device.
     return build_reward(name, source, device, torch.float32)
 

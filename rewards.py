@@ -4,7 +4,7 @@
   r = reward(images, prompts)     images (B, 3, H, W) in [0, 1], B prompts -> (B,), differentiable
 
   "name"              the published weights, from the hub or its local cache
-  "name:PATH"         weights in the same layout, from a file or folder
+  "name:PATH"         weights in the same layout, from a file or folder (pick: a folder)
   "FILE.py:NAME"      your own: a function as above, or a class, which we build as NAME(device)
   "hps=1,pick=0.5"    a weighted sum of any of these; without a number, the weight is 1
 
@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 
 from common import TOY
-from judges.clip import Aesthetic, ClipScore, PickScore
+from judges.clip import CLIP_VIT_H, Aesthetic, ClipScore, PickScore
 from judges.imagereward import ImageReward
-from judges.mps import CLIP_VIT_H, MPS
+from judges.mps import MPS
 from judges.weights import UNREADABLE, explain, find_beside, find_file
 
 OPEN_CLIP_FILES = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
@@ -48,9 +48,9 @@ AESTHETIC_FILES = [
 class RewardRange:
     """The known range of a reward, and the map r' = (r - shift) / scale that the losses use.
 
-    The map is ImageReFL's. It brings toy_pref, pick and mps, and in the same way aesthetic, to
-    about [0, 1], and is the identity for the others. It is affine and constant, so it changes the
-    gradient's scale and nothing else.
+    For pick and mps the map is ImageReFL's, and for toy_pref and aesthetic it is ours. It brings
+    scores to the order of 1, and is the identity for the others. It is affine and constant, so it
+    changes the gradient's scale and nothing else.
     """
 
     low: float = math.nan
@@ -108,10 +108,11 @@ def build_reward(name, path, device, dtype=None):
         return Aesthetic(
             find_file(path, AESTHETIC_FILES, "trl-lib/ddpo-aesthetic-predictor"), **options
         )
-    file = find_file(path, OPEN_CLIP_FILES) if path else None
     if name == "clip":
+        file = find_file(path, OPEN_CLIP_FILES) if path else None
         return ClipScore("ViT-B-32-quickgelu", tag="openai", path=file, **options)
     if name == "clip_h":
+        file = find_file(path, OPEN_CLIP_FILES) if path else None
         return ClipScore("ViT-H-14", tag="laion2b_s32b_b79k", path=file, **options)
     raise ValueError(f"no reward {name}")
 
@@ -145,7 +146,7 @@ def load_part(part, device):
 
 @dataclass(frozen=True)
 class RewardPart:
-    """One part of a --reward, which in most cases has no other."""
+    """One term of a --reward. Most rewards have only one."""
 
     name: str  # one of REWARDS, or what FILE.py defines
     path: str = None  # of the weights
@@ -193,8 +194,7 @@ def known_reward(spec):
 class WeightedSum:
     """The sum of weight * r', where each part has its own map r' = (r - shift) / scale.
 
-    So a part pulls as hard as it would alone in ReFL's loss, times its weight, and adding another
-    part leaves it as it was. The log has the raw r of every part. A weight of 0 only logs it.
+    Each part pulls as hard as it would alone in ReFL's loss, times its weight. The log has the raw r of every part. A weight of 0 only logs it.
 
     rewards, ranges, weights: {name: value}
     """

@@ -87,6 +87,8 @@ def condition(model, prompts):
     """B prompts (None: unconditional) -> the denoiser's keyword arguments, on its device."""
     embeds = model.embeds
     new_prompts = [prompt for prompt in prompts if prompt not in embeds]
+    if new_prompts and not text_encoders(model):
+        raise ValueError(f"the text encoders are freed: pass {new_prompts[0]!r} to encode_once, too")
     if new_prompts:
         embeds = {**encode_prompts(model, new_prompts), **embeds}
     return model.family.condition(model, [embeds[prompt] for prompt in prompts])

@@ -13,6 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 from judges.images import CLIP_MEAN, CLIP_STD, preprocess
 from judges.weights import check_tokenizer, find_beside, judge_dtype, load_complete, read_weights
 
+CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and MPS are built on it
 CLIP_VIT_L = "openai/clip-vit-large-patch14"  # the aesthetic predictor is built on it
 
 
@@ -23,8 +24,10 @@ class PickScore:
     """
 
     def __init__(self, model, processor, device, cosine=False, dtype=None):
-        dtype = dtype or judge_dtype(device)
-        self.clip = load_complete(CLIPModel, model, dtype=dtype).to(device)
+        clip = load_complete(CLIPModel, model)
+        # In bf16 the scale of 100 would read 99, so we take it first.
+        self.scale = 1.0 if cosine else clip.logit_scale.exp().item()
+        self.clip = clip.to(device, dtype or judge_dtype(device))
         self.tokenizer = AutoTokenizer.from_pretrained(processor, trust_remote_code=False)
         check_tokenizer(self.tokenizer, self.clip.config.text_config.vocab_size, processor)
         image_processor = CLIPImageProcessor.from_pretrained(processor)
@@ -32,7 +35,6 @@ class PickScore:
         self.size = size.get("shortest_edge", size.get("height"))
         self.mean = image_processor.image_mean
         self.std = image_processor.image_std
-        self.scale = 1.0 if cosine else self.clip.logit_scale.exp().item()
         self.texts = {}  # prompt -> its normalized features (D,)
 
     def __call__(self, images, prompts):

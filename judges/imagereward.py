@@ -92,10 +92,11 @@ class ImageReward:
     path: ImageReward.pt. A tokenizer beside it is used instead of the hub's.
     """
 
-    def __init__(self, path, device, raw=False, dtype=None):
-        dtype = dtype or judge_dtype(device)
-        self.net = build_blip_scorer(read_weights(path)).to(device, dtype)
-        self.net["mlp"].float()
+    def __init__(self, path, device, dtype=None, raw=False):
+        self.net = build_blip_scorer(read_weights(path)).to(device)
+        # Only the large parts may be in bf16. The MLP stays in fp32.
+        for name in ("vision", "text"):
+            self.net[name].to(dtype or judge_dtype(device))
         repo = "google-bert/bert-base-uncased"
         source = find_beside("tokenizer_config.json", Path(path).parent, repo)
         self.tokenizer = BertTokenizer.from_pretrained(source)

@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
+from judges.clip import CLIP_VIT_H
 from judges.images import CLIP_MEAN, CLIP_STD, preprocess
 from judges.weights import check_tokenizer, find_beside, judge_dtype, load_complete, read_weights
 
-CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and MPS are built on it
+
 class MPS:
     """The Multi-dimensional Preference Score, condition "overall" (Zhang et al., CVPR 2024).
 
-    exp(logit_scale) cos(text, x[0]), where x (B, 257, D) starts as the image tokens. In each of
+    exp(logit_scale) cos(text, x[:, 0]), where x (B, 257, D) starts as the image tokens. In each of
     4 layers they attend to the text tokens (B, 77, D) that are related to the condition, and
     then to each other, with rotary positions. The 16 heads of width 64 share one key and value, a
     SwiGLU runs in parallel with each attention, and no layer has a bias.
@@ -40,7 +41,8 @@ class MPS:
         layers = take_prefix(state, "mps.cross_model.layers.")
         config = build_clip_config(clip_state)
         clip = load_complete(CLIPModel, None, config=config, state_dict=clip_state)
-        # Only the large part may be in bf16. The four layers, and what they read, stay in fp32.
+        # Only the large part may be in bf16. The rest, and what it reads, stays in fp32.
+        self.scale = clip.logit_scale.exp().item()
         self.clip = clip.to(device, dtype or judge_dtype(device))
         self.layers = []
         for i in range(len({key.split(".")[0] for key in layers})):
@@ -72,7 +74,8 @@ class MPS:
         unique_prompts = list(dict.fromkeys(prompts))
         order = [unique_prompts.index(prompt) for prompt in prompts]
         tokens, end = self.text(unique_prompts)
-        tokens, end = tokens[order], end[order]
+        tokens = tokens[order]
+        end = end[order]
         closeness = (tokens @ self.condition.T).amax(-1)  # (B, 77), to the condition
         is_related = closeness / closeness.amax(1, keepdim=True) > self.threshold
         pixels = preprocess(images, self.size, CLIP_MEAN, CLIP_STD, floor_crop=True)
@@ -84,7 +87,7 @@ class MPS:
             # Key and value share one matrix, and have one head each.
             head_width = len(cross[2]) // 2
             x = self_layer(x, head_width, *own)
-        return self.clip.logit_scale.exp().float() * F.cosine_similarity(end, x[:, 0], dim=-1)
+        return self.scale * F.cosine_similarity(end, x[:, 0], dim=-1)
 
 
 def cross_layer(x, tokens, mask, norm, to_q, to_kv, to_out, ff_up, ff_down):

@@ -1,4 +1,4 @@
-"""The model families, one file each, with all that is particular to a family and nothing else.
+"""The model families, one file each, with what is particular to a family.
 
 `model.family` in common.py is one of these modules, so they have the same names:
 
@@ -6,16 +6,19 @@
   DENOISER                             the denoiser's folder, and its prefix in a LoRA file
   IS_FLOW                              whether it is a rectified flow instead of a diffusion model
   LORA_TARGETS                         the names of the layers that get a LoRA
-  settings_row(config)                 the key of MODELS whose settings fit a denoiser's config
+  settings_row(config)                 the row of OURS in the scripts that fits a denoiser's config
   load_options(index)                  more arguments of from_pretrained, by model_index.json
   own_resolution(pipe)                 the resolution of its images, in pixels
   set_timesteps(model, scheduler, n)   the grid of n sampling steps
   encode(model, texts)                 one tuple of tensors per text, and the unconditional one
   condition(model, embeds)             B such tuples -> `cond`, a dict of tensors on the device
-  predict(model, latents, t, cond, w)  calls the denoiser on latents (B, C, h, w) -> (B, C, h, w)
+  predict(model, latents, t, cond, guidance_scale)
+                                       calls the denoiser on latents (B, C, h, w) -> (B, C, h, w)
 
 A rectified flow has x_t = (1 - sigma) x0 + sigma noise and t = 1000 sigma, and predicts noise - x0.
-To add a family, copy the file that is closest to it, and name it in FAMILIES.
+To add a family, copy the file that is closest to it, name it in FAMILIES, give its models keys in
+MODELS, and add a row with its settings to OURS in each script. common.py expects square latents of
+four dimensions, and a VAE with a scaling_factor.
 """
 
 from pathlib import Path

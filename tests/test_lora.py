@@ -442,7 +442,7 @@ def test_flux_needs_no_file_for_comfyui(world):
 @pytest.mark.parametrize(
     "header",
     [
-        {"lora_alpha": 8, "lora_dropout": 0.5},
+        {"lora_alpha": 8, "lora_dropout": 0.5, "inference_mode": True},
         {"lora_alpha": 4, "use_rslora": True},
         {"lora_alpha": 4, "alpha_pattern": {name: 8 for name in ATTENTION}},
     ],

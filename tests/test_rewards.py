@@ -158,19 +158,30 @@ def test_aesthetic_is_a_linear_map_of_clips_direction(weights, tmp_path):
         torch.testing.assert_close(load("aesthetic", path)(images, PROMPTS), expected)
 
 
+def in_bf16(name, weights, monkeypatch):
+    """A judge as it is on CUDA."""
+    with monkeypatch.context() as patch:
+        use_bf16(patch)
+        return load(name, weights / name)
+
+
 @torch.no_grad()
-def test_mps_and_aesthetic_in_bf16(weights, monkeypatch):
-    """As on CUDA. MPS with real weights has a logit scale of 100, so 1 is 0.01 of a cosine."""
+def test_judges_in_bf16_are_rough_but_have_exact_scales(weights, monkeypatch):
     images = pictures(42, 42)
-    for name, tolerance in (("mps", 0.5), ("aesthetic", 0.05)):
-        exact = load(name, weights / name)(images, PROMPTS)
-        with monkeypatch.context() as patch:
-            use_bf16(patch)
-            rough = load(name, weights / name)
-        assert rough.clip.dtype == torch.bfloat16
+    for name, tolerance in (("mps", 0.5), ("pick", 0.5), ("aesthetic", 0.05), ("imagereward", 0.1)):
+        exact = load(name, weights / name)
+        rough = in_bf16(name, weights, monkeypatch)
         r = rough(images, PROMPTS)
-        assert r.dtype == torch.float32 and not torch.equal(r, exact)
-        torch.testing.assert_close(r, exact, rtol=0, atol=tolerance)
+        r_exact = exact(images, PROMPTS)
+        assert r.dtype == torch.float32 and not torch.equal(r, r_exact)
+        torch.testing.assert_close(r, r_exact, rtol=0, atol=tolerance)
+        if name in ("mps", "pick"):
+            # In bf16, 100 would be 99. Real weights have 100, so 1 is 0.01 of a cosine.
+            assert rough.clip.dtype == torch.bfloat16
+            assert rough.scale == exact.scale == pytest.approx(100, rel=1e-4)
+        if name == "imagereward":
+            assert rough.net["text"].dtype == torch.bfloat16
+            assert torch.equal(rough.net["mlp"][0].weight, exact.net["mlp"][0].weight)
 
 
 @torch.no_grad()
