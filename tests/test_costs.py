@@ -266,11 +266,12 @@ def test_the_prefix_saves_nothing(world):
     assert early == late > 0
 
 
-def test_compile_has_room_for_every_shape(world, monkeypatch):
+def test_compile_has_room_for_every_shape(world):
     """Blocks of one class share dynamo's cache. An update of the toy model needs 14 places."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    make_trainable(load_model(world.sd, CPU), 4, compile=True)
-    assert torch._dynamo.config.recompile_limit >= 64
+    # monkeypatch would leave this setting deleted.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        make_trainable(load_model(world.sd, CPU), 4, compile=True)
+        assert torch._dynamo.config.recompile_limit >= 64
 
 
 def test_channels_last_weights_are_saved_as_others_are(world):

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from common import add_noise, decode, decode_in_parts, denoise, diffusion_target, encode
 from common import generator, initial_latents, load_model, make_scheduler, predict_x0, sample
-from data.prompts import condition, encode_once
+from data.prompts import condition, encode_once, encode_prompts
 from run_folder import generate
 
 
@@ -64,6 +64,8 @@ def test_sample_equals_the_flux_pipeline(world, family, guidance_scale):
 def test_sample_equals_the_pipelines_of_flows_with_usual_guidance(world, family, guidance_scale):
     model = load_model(getattr(world, family), CPU)
     scheduler = make_scheduler(model, "euler", 4)
+    # The unconditional prompt comes from the same batch as the others.
+    model.embeds.update(encode_prompts(model, PROMPTS))
     latents, generators, cond, uncond = start(model)
     ours = sample(model, scheduler, latents, cond, 0, 4, generators, guidance_scale, uncond)
     theirs = pipeline_images(model.pipe, PROMPTS, latents, 4, guidance_scale)
