@@ -69,15 +69,19 @@ def check_tokenizers(model):
         check_tokenizer(tokenizer, vocab_size, model.source)
 
 
-def encode_once(model, prompts, limit=10_000):
+def encode_once(model, prompts, limit=16e9):
     """Encodes all prompts of a run, then frees the text encoders.
 
-    The embeddings of more than `limit` prompts, such as COCO's captions, would fill the memory.
-    In that case the encoders stay, and `condition` encodes each batch as needed.
+    If the embeddings, such as those of COCO's captions, need more than `limit` bytes of memory, the
+    encoders stay, and `condition` encodes each batch as needed. In bf16 this limit is reached at
+    135,000 prompts with SD1.5, 50,000 with SDXL, 6,000 with SD3.5 and 4,000 with FLUX.1-dev.
     """
-    if len(set(prompts)) > limit:
+    unique_prompts = list(dict.fromkeys(prompts))
+    some = encode_prompts(model, unique_prompts[:64])
+    num_bytes = sum(part.nbytes for parts in some.values() for part in parts)
+    if num_bytes * len(unique_prompts) / len(some) > limit:
         return
-    model.embeds.update(encode_prompts(model, prompts))
+    model.embeds.update(encode_prompts(model, unique_prompts))
     for name in text_encoders(model):
         model.pipe.register_modules(**{name: None})
     torch.cuda.empty_cache()

@@ -2,7 +2,7 @@
 
 Latents are (B, 16, h, w). The text encoders are two CLIPs and T5-XXL, which has twice as many
 weights as SD3.5-medium itself. The prompts of a run are encoded once, and then the encoders are
-freed, unless there are more than 10,000 prompts. T5 is optional, as in diffusers: without it, its
+freed, unless there are more than about 6,000. T5 is optional, as in diffusers: without it, its
 states are zeros. If it does not fit on your GPU, save a folder without it, and pass it to --model:
 
   pipe = StableDiffusion3Pipeline.from_pretrained(
