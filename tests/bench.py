@@ -13,6 +13,11 @@
         One row of that table.
   $ python tests/bench.py cuda --tiny --device cpu
         The same code on narrow models, to see that it runs. Its numbers mean nothing.
+  $ OMP_NUM_THREADS=1 python tests/bench.py memory
+        The peak memory of full-size models on a GPU, computed without one, and the settings that
+        fit on cards of 12 to 80 GB (tests/memory.py). About ten minutes on an idle CPU core.
+  $ python tests/bench.py memory --only refl-sd15
+        One command of that table.
 
 The scripts' own loops run, each update between two clocks, without held-out sampling. cpu and sweep
 measure the toy model on one thread, in thread time. The two sides of a ratio take turns in one
@@ -889,6 +894,9 @@ ROWS = (
     "public", "refl", "refl_contiguous", "refl_compile", "sdxl", "sdxl_1", "imagerefl", "flux",
     "focus", "dfusion",
 )
+MEMORY_ROWS = (
+    "refl-sd15", "imagerefl-sd15", "refl-sdxl", "imagerefl-sdxl", "refl-sdxl-1024", "treat-flux",
+)
 
 
 def gpu_rows(tiny):
@@ -1088,11 +1096,11 @@ def main(argv=None):
         "bench.py", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=("cpu", "sweep", "trl", "cuda"), help="which table")
+    add("what", choices=("cpu", "sweep", "trl", "cuda", "memory"), help="which table")
     add("--pairs", type=int, default=8, help="cpu, sweep, trl: measurements of each (default: 8)")
     add("--device", default="cuda", help="cuda: where to run (default: cuda)")
     add("--tiny", action="store_true", help="cuda: narrow models of 64 pixels")
-    add("--only", choices=ROWS, help="cuda: this row alone")
+    add("--only", choices=ROWS + MEMORY_ROWS, help="cuda, memory: this row alone")
     args = parser.parse_args(argv)
     if args.what == "cpu":
         cpu(args.pairs)
@@ -1100,6 +1108,11 @@ def main(argv=None):
         sweep(args.pairs)
     elif args.what == "trl":
         trl(args.pairs)
+    elif args.what == "memory":
+        import memory
+
+        torch.set_num_threads(1)
+        memory.print_recipes(args.only)
     else:
         from common import pick_device
 
