@@ -334,7 +334,7 @@ def line_of(row, *flags, **options):
 def recipe(lines, batch_size, card):
     """The flags that fit on a card of so many GB -> (flags, peak in bytes), or None.
 
-    lines: {whether with --checkpointing: Line}. We first lower --micro_batch, then add
+    lines: {whether with --checkpointing: Line}. We first lower --micro_batch from 8, then add
     --checkpointing, and last lower --batch_size, which alone changes the update.
     """
     room = (card - RESERVE) * GIB
@@ -345,12 +345,14 @@ def recipe(lines, batch_size, card):
                 peak = lines[checkpointing].peak(smaller, micro_batch)
                 if peak > room:
                     continue
-                flags = f"--micro_batch {micro_batch}"
+                flags = []
+                if micro_batch < 8:
+                    flags.append(f"--micro_batch {micro_batch}")
                 if checkpointing:
-                    flags += " --checkpointing"
+                    flags.append("--checkpointing")
                 if smaller < batch_size:
-                    flags += f" --batch_size {smaller}"
-                return flags, peak
+                    flags.append(f"--batch_size {smaller}")
+                return " ".join(flags) or "the defaults", peak
         smaller //= 2
     return None
 

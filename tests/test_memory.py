@@ -150,7 +150,7 @@ def line(resting, prefix, gradient):
 @pytest.mark.parametrize(
     "card, expected",
     [  # 2 GB stay free; 16 images in the prefix take 4 + 16 x 0.25 = 8
-        (48, ("--micro_batch 8", 44)),
+        (48, ("the defaults", 44)),
         (24, ("--micro_batch 2", 14)),
         (12, ("--micro_batch 1", 9)),
         (10.5, ("--micro_batch 2 --checkpointing", 8)),
