@@ -124,8 +124,9 @@ class Model:
         """Writes the LoRA so that pipe.load_lora_weights(folder) loads it, or the full denoiser.
 
         Beside a U-Net's LoRA we write a copy for ComfyUI and A1111, which know its layers only by
-        kohya's names. It is half as large: they expect fp16. FLUX needs no copy, because ComfyUI
-        reads the names of the first file. Snapshots get one, too, as you may pick any of them.
+        kohya's names. It is half as large: they expect fp16. Snapshots get one, too, as you may
+        pick any of them. FLUX, SD3.5 and Z-Image need none: ComfyUI reads the names of the first
+        file.
         """
         if not hasattr(self.denoiser, "peft_config"):
             self.denoiser.save_pretrained(Path(folder) / self.denoiser_name)

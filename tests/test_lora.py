@@ -428,9 +428,10 @@ def test_the_file_for_comfyui_has_its_names_and_opens_in_plain_diffusers(world, 
     assert (images[LORA_FILE] - images[COMFYUI_FILE]).abs().max() < 0.01 * effect
 
 
-def test_flux_needs_no_file_for_comfyui(world):
+@pytest.mark.parametrize("family", ["flux", "sd35", "z_image"])
+def test_transformers_need_no_file_for_comfyui(world, family):
     """ComfyUI reads `transformer.`, the layer's path and lora_A, and no alpha."""
-    model = with_lora(world.flux)
+    model = with_lora(getattr(world, family))
     model.save("lora")
     assert [path.name for path in Path("lora").iterdir()] == [LORA_FILE]
     for key in load_file(f"lora/{LORA_FILE}"):
