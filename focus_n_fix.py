@@ -39,7 +39,7 @@ and the LoRA rank of 64 are second-hand, from other people's summaries. These ch
 6. The paper's rewards and maps are private. A detector, a CLIP and --concept stand in for them.
 
   $ python focus_n_fix.py                               # the toy world: minutes on two CPU cores
-  $ python focus_n_fix.py --concept "a red star" "a blue star" --prefix tuned --lr 3e-4
+  $ python focus_n_fix.py --concept "a red circle" "a blue circle" --prefix tuned
   $ python focus_n_fix.py --model sd14 --prompts captions.txt --detector detector_folder
   $ python combined_sample.py --lora runs/focus_n_fix-toy-artifact --out images
 """

@@ -6,8 +6,9 @@ experiments/NAME.py says what question NAME asks, what it runs, and how long tha
   $ OMP_NUM_THREADS=1 python results/run.py refl --jobs 2           # 3 runs and their images
   $ OMP_NUM_THREADS=1 python results/run.py imagerefl --jobs 2      # 7 more runs; it uses refl's
   $ OMP_NUM_THREADS=1 python results/run.py flows --jobs 2          # both on toy-flux, 9 short runs
-  $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 17 short runs
-  $ OMP_NUM_THREADS=1 python results/run.py dfusion --jobs 2        # pairs, gradients, 21 runs
+  $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 27 short runs
+  $ OMP_NUM_THREADS=1 python results/run.py unwanted_concept --jobs 2    # 7 more of its runs
+  $ OMP_NUM_THREADS=1 python results/run.py dfusion --jobs 2        # pairs, gradients, 25 runs
   $ OMP_NUM_THREADS=1 python results/run.py diffdoctor              # 13 detectors, 22 treatments
   $ OMP_NUM_THREADS=1 python results/run.py dreambooth              # 2 LoRAs, each treated
 
@@ -24,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Python must find our packages, wherever this file is run from.
 sys.path.insert(0, str(ROOT))
-EXPERIMENTS = ("refl", "imagerefl", "flows", "focus_n_fix", "dfusion", "diffdoctor", "dreambooth")
+EXPERIMENTS = ("refl", "imagerefl", "flows", "focus_n_fix", "unwanted_concept", "dfusion")
+EXPERIMENTS += ("diffdoctor", "dreambooth")
 
 
 def find_experiment(name):

@@ -14,6 +14,7 @@ import combined_sample
 from common import load_model, make_trainable
 from results import run
 from results.experiments import diffdoctor_treatment, focus_n_fix, imagerefl, refl, tools
+from results.experiments import unwanted_concept
 from toy.oracle import correct
 from toy.scenes import render, sample_scene
 
@@ -85,6 +86,23 @@ def test_equal_reward_is_read_off_straight_lines():
     assert focus_n_fix.at_reward(rows, 0.5, "outside") == 1
     assert focus_n_fix.at_reward(rows, 2, "outside") == 3
     assert np.isnan(focus_n_fix.at_reward(rows, 4, "outside"))
+
+
+def test_the_setting_that_gains_most_is_chosen_if_it_leaves_the_rest_alone():
+    def runs(reward, *outside):
+        return [[dict(reward=9, outside=9), dict(reward=reward, outside=o)] for o in outside]
+
+    rows = {"small": runs(1, 0, 0), "good": runs(2, 1 / 255, 2.9 / 255), "far": runs(3, 2 / 255, 1)}
+    assert focus_n_fix.choose(rows) == "good"
+
+
+def test_red_things_and_the_others_of_a_caption_are_counted():
+    prompts = ["a red star above a blue square", "a blue square left of a green star", "a red star"]
+    seen = ["a purple star above a blue square", "a blue square left of a purple star"]
+    seen += ["a red star"]
+    images = refl.real_scenes(seen, 1)
+    counts = unwanted_concept.count_colors(images, prompts)
+    assert counts == dict(red=pytest.approx(1 / 3), others=pytest.approx(2 / 3))
 
 
 def test_grain_sees_stripes_in_the_background_and_not_the_objects():

@@ -6,11 +6,11 @@ variant). For two more rows, all 10 steps carry the gradient. The reward is that
 detector, and the region its heat map. A method may go further than another in the same number of
 updates, so we compare them at equal reward.
 
-Runs     17 of focus_n_fix.py, in which no training pair repeats. Focus-N-Fix with beta 5 and 45, 30
-         updates, which we compare with beta 15 by the training log. 5 methods x seeds 0 to 2, each
-         60 updates of 4 images with a snapshot every 15. Then an image of each of 40 held-out
-         prompts from the base model and from every snapshot.
-Prints   a table of the betas; a table where the reward first reaches what all methods reach,
+Runs     27 of focus_n_fix.py, in which no training pair repeats: 5 methods x seeds 0 to 2, each 60
+         updates of 4 images with a snapshot every 15; and the toy's default with two other learning
+         rates and two other betas. The choice among these is made on 40 training prompts. Then an
+         image of each of 40 held-out prompts from the base model and from every snapshot.
+Prints   the tables of the choice; a table where the reward first reaches what all methods reach,
          interpolated linearly between snapshots, on training pairs and on held-out ones; and both
          after the last update.
 Draws    focus_n_fix_curves.png, the change outside as the reward rises; and focus_n_fix.png,
@@ -35,8 +35,12 @@ from .tools import CPU, SEEDS, format_mean, held_out_prompts, mean, new_picture,
 from .tools import save_figure, shrink, snapshot_names, subplots, table_head, table_line, together
 from .tools import train, updates_of, write_prompts
 
-BETA = 15  # chosen among BETAS
-BETAS = (5, 15, 45)
+# Chosen for the base prefix, on training prompts. The other methods use the same values.
+LR = 1e-3
+BETA = 15
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)  # tried with BETA
+BETAS = (5, 15, 45)  # tried with LR
+MAX_OUTSIDE = 2 / 255  # of the settings that change less outside, we take the one that gains most
 METHODS = {  # the flags of each row
     "DRaFT, K = 2": dict(grad_steps=2, beta=0, prefix="tuned"),
     "Focus-N-Fix, K = 2": dict(grad_steps=2, beta=BETA, prefix="tuned"),
@@ -52,13 +56,14 @@ EVERY = 15  # updates between snapshots
 BATCH = 4
 POOL = UPDATES * BATCH  # so that no pair repeats
 FLAGS = dict(
-    lr=1e-3, train_steps=UPDATES, save_every=EVERY, batch_size=BATCH, micro_batch=BATCH, pool=POOL
+    lr=LR, train_steps=UPDATES, save_every=EVERY, batch_size=BATCH, micro_batch=BATCH, pool=POOL
 )
 GUIDANCE_SCALE = 4.0
 NUM_STEPS = 10
 PARTS = 16  # held-out prompts for which we measure prefix and tail apart
-BETA_UPDATES = 30  # of the runs that choose beta
+CHOICE_PROMPTS = 40  # training prompts that choose, with noise that no run trains on
 TRAINING_FIELDS = ("reward", "objective", "outside", "inside")
+CHOICE_FIELDS = ("reward", "outside", "inside_gain")
 HELD_OUT_FIELDS = ("reward", "objective", "outside", "inside_gain", "toy_correct", "detector_b")
 PARTS_FIELDS = ("prefix", "tail")
 SHOWN = 6  # rows of images in the picture
@@ -72,14 +77,14 @@ def focus_n_fix(out, jobs):
     calls = []
     for name, flags in {**METHODS, **METHODS_10}.items():
         for seed in SEEDS:
-            calls.append((out, flags, seed, UPDATES))
-    for beta in BETAS:
-        if beta != BETA:
-            calls.append((out, flags_with(beta), SEEDS[0], BETA_UPDATES))
+            calls.append((out, flags, seed))
+    for flags in tried_settings().values():
+        calls += [(out, flags, seed) for seed in SEEDS]
     together(jobs, train_run, calls)
 
     torch.set_num_threads(1)
-    measure = Measure(read_prompts(prompts_file))
+    lines = compare_settings(out)
+    measure = Measure("held_out", read_prompts(prompts_file), with_parts=True)
     training = {}
     held_out = {}
     for name, flags in {**METHODS, **METHODS_10}.items():
@@ -87,13 +92,6 @@ def focus_n_fix(out, jobs):
         training[name] = [training_rows(run) for run in runs]
         held_out[name] = [measure(run, flags) for run in runs]
 
-    lines = []
-    betas = {}
-    for beta in BETAS:
-        rows = training_rows(out / run_name(flags_with(beta), SEEDS[0]))
-        betas[f"beta {beta}"] = [rows[: 1 + BETA_UPDATES // EVERY]]
-    lines += table_at_equal_reward("choice of beta", TRAINING_FIELDS, betas)
-    lines += table_after_training("choice of beta", TRAINING_FIELDS, betas)
     for title, fields, rows in (
         ("training pairs", TRAINING_FIELDS, training),
         ("held-out pairs", HELD_OUT_FIELDS, held_out),
@@ -114,22 +112,53 @@ def focus_n_fix(out, jobs):
 # Training
 
 
-def flags_with(beta):
-    """The flags of Focus-N-Fix with another beta."""
-    return dict(METHODS["Focus-N-Fix, K = 2"], beta=beta)
+def tried_settings():
+    """The settings that we choose among: {name: flags}. All have the base prefix."""
+    flags = METHODS["Focus-N-Fix, K = 2, base prefix"]
+    tried = {}
+    for lr in LEARNING_RATES:
+        tried[f"beta {BETA}, lr {lr}"] = dict(flags, lr=lr)
+    for beta in BETAS:
+        tried[f"beta {beta}, lr {LR}"] = dict(flags, lr=LR, beta=beta)
+    return tried
+
+
+def compare_settings(out):
+    """-> the lines of a table of the settings that we choose among, on training prompts."""
+    prompts = read_prompts(TOY / "prompts_train.txt")[-CHOICE_PROMPTS:]
+    measure = Measure("choice", prompts, only_last=True)
+    rows = {}
+    for name, flags in tried_settings().items():
+        runs = [out / run_name(flags, seed) for seed in SEEDS]
+        rows[name] = [measure(run, flags) for run in runs]
+    lines = table_after_training("the choice, on training prompts", CHOICE_FIELDS, rows)
+    return lines + [f"chosen: {choose(rows)}"]
+
+
+def choose(rows):
+    """{name: rows of each seed} -> the name of the setting that we take.
+
+    It gains most of all those that change the rest of the image by at most MAX_OUTSIDE.
+    """
+    gains = {}
+    for name, runs in rows.items():
+        if mean(run[-1]["outside"] for run in runs) <= MAX_OUTSIDE:
+            gains[name] = mean(run[-1]["reward"] for run in runs)
+    return max(gains, key=gains.get)
 
 
 def run_name(flags, seed):
-    return f"K{flags['grad_steps']}_{flags['beta']}_{flags['prefix']}_{seed}"
+    flags = {**FLAGS, **flags}
+    return f"K{flags['grad_steps']}_{flags['beta']}_{flags['prefix']}_{flags['lr']}_{seed}"
 
 
-def train_run(out, flags, seed, updates):
-    """Trains a run -> its folder."""
+def train_run(out, flags, seed, *more):
+    """Trains a run, with more words on its command line -> its folder."""
     words = []
-    for flag, value in {**FLAGS, **flags, "train_steps": updates, "seed": seed}.items():
+    for flag, value in {**FLAGS, **flags, "seed": seed}.items():
         words += [f"--{flag}", value]
     words += ["--test_prompts", out / "shown.txt"]
-    return train(out, run_name(flags, seed), "focus_n_fix", *words)
+    return train(out, run_name(flags, seed), "focus_n_fix", *words, *more)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,20 +188,31 @@ def training_rows(run):
     return rows
 
 
+def artifact_judges():
+    """-> the reward and the region of the artifact detector."""
+    detector = load_detector(TOY / "detector", CPU)
+    region = Region(THRESHOLD["heatmap"], OURS["toy"]["dilate"], detector)
+    return artifact_reward(detector), region
+
+
 class Measure:
-    """Samples held-out prompts from every snapshot of a run, and compares with the base's images.
+    """Samples prompts from every snapshot of a run, and compares with the base model's images.
 
     measure(run, flags) -> rows, a dict of means over images for the base model and each snapshot.
+    name: of the prompts, for the file in the run's folder. judges: the reward and the region, by
+    default those of the artifact detector. only_last: measure the last snapshot alone. with_parts:
+    measure what the first steps alone and the last alone change.
     """
 
-    def __init__(self, prompts):
+    def __init__(self, name, prompts, judges=None, only_last=False, with_parts=False):
+        self.name = name
         self.prompts = prompts
+        self.only_last = only_last
+        self.with_parts = with_parts
         self.model = load_model("toy", CPU)
         encode_once(self.model, prompts)
-        detector = load_detector(TOY / "detector", CPU)
+        self.reward, region = judges or artifact_judges()
         self.detector_b = load_detector(TOY / "detector_b", CPU)
-        self.reward = artifact_reward(detector)
-        region = Region(THRESHOLD["heatmap"], OURS["toy"]["dilate"], detector)
         self.scheduler = make_scheduler(self.model, "ddim", NUM_STEPS)
         generators = [generator(0, "image", i, 0) for i in range(len(prompts))]
         self.noise = initial_latents(self.model, generators)
@@ -181,15 +221,19 @@ class Measure:
         )
 
     def __call__(self, run, flags):
-        done = run / "measured.json"
+        done = run / f"{self.name}.json"
         if not done.exists():
             spread = json.loads((run / "config.json").read_text())["reward_spread"]
             rows = [self.judge(self.base, spread, flags["beta"], step=0)]
-            for snapshot in snapshot_names(run):
+            snapshots = snapshot_names(run)
+            if self.only_last:
+                snapshots = snapshots[-1:]
+            for snapshot in snapshots:
                 images = self.sample(run / "lora" / snapshot, flags)
                 rows.append(self.judge(images, spread, flags["beta"], updates_of(snapshot)))
-            # The model still holds the weights of the last snapshot.
-            rows[-1].update(self.parts(flags))
+            if self.with_parts:
+                # The model still holds the weights of the last snapshot.
+                rows[-1].update(self.parts(flags))
             done.write_text(json.dumps(rows, indent=1) + "\n")
         return json.loads(done.read_text())
 
@@ -327,18 +371,23 @@ def draw_regions(out, measure, rows):
         label = name.replace(", ", "\n", 1)
         columns[label] = images
         columns[f"5 x change by\n{label}"] = 5 * (images - measure.base).abs()
+    draw_tiles("focus_n_fix.png", {label: images[shown] for label, images in columns.items()})
 
+
+def draw_tiles(name, columns):
+    """{label: images (N, 3, H, W)} -> a picture with a labeled column for each."""
+    num_rows = len(next(iter(columns.values())))
     head = 60
-    picture = Image.new("RGB", (CELL * len(columns), head + CELL * len(shown)), "white")
+    picture = Image.new("RGB", (CELL * len(columns), head + CELL * num_rows), "white")
     font = ImageFont.load_default(size=13)
     pen = ImageDraw.Draw(picture)
     for x, (label, images) in enumerate(columns.items()):
         pen.text(
             (CELL * x + CELL // 2, head // 2), label, "black", font, anchor="mm", align="center"
         )
-        for y, i in enumerate(shown):
-            tile = to_pil(images[i]).resize((CELL - 2, CELL - 2), Image.NEAREST)
+        for y, image in enumerate(images):
+            tile = to_pil(image).resize((CELL - 2, CELL - 2), Image.NEAREST)
             picture.paste(tile, (CELL * x, head + CELL * y))
-    path = new_picture("focus_n_fix.png")
+    path = new_picture(name)
     picture.save(path)
     shrink(path)
