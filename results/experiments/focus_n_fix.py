@@ -74,13 +74,11 @@ def focus_n_fix(out, jobs):
     prompts_file = held_out_prompts(out)
     # We measure held-out images ourselves, so the runs need not sample many.
     write_prompts(out / "shown.txt", read_prompts(prompts_file)[:1])
-    calls = []
-    for name, flags in {**METHODS, **METHODS_10}.items():
+    calls = {}  # by the run's name, because one of the tried settings is also a method
+    for flags in [*METHODS.values(), *METHODS_10.values(), *tried_settings().values()]:
         for seed in SEEDS:
-            calls.append((out, flags, seed))
-    for flags in tried_settings().values():
-        calls += [(out, flags, seed) for seed in SEEDS]
-    together(jobs, train_run, calls)
+            calls[run_name(flags, seed)] = (out, flags, seed)
+    together(jobs, train_run, calls.values())
 
     torch.set_num_threads(1)
     lines = compare_settings(out)
