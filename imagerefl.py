@@ -28,10 +28,10 @@ Differences from the paper's code:
 6. The diffusion loss is in units of the model's output. If the model predicts v, the error of the
    noise is alpha_bar(t') times that of v, so our diffusion_weight acts like one of
    diffusion_weight / alpha_bar(t') in Eq. 5, which is 1.3 times as much on the toy world.
-7. Flow models, such as FLUX, are ours. There, x_t' = (1 - sigma) x0 + sigma noise, the target is
-   noise - x0, and sampling takes Euler steps. The error of the noise is (1 - sigma)^2 times that of
-   the target, so our diffusion_weight acts like diffusion_weight / (1 - sigma)^2 in Eq. 5, which is
-   2.8 times as much on toy-flux.
+7. The paper does not cover flow models, such as FLUX. There, x_t' = (1 - sigma) x0 + sigma noise,
+   the target is noise - x0, and sampling takes Euler steps. The squared error of the noise is
+   (1 - sigma)^2 times that of the target, so our diffusion_weight acts like one of
+   diffusion_weight / (1 - sigma)^2 in Eq. 5, which is 2.8 times as much on toy-flux.
 The tuned model is meant to take over from the base model for the last steps: see
 combined_sample.py --mode combined. The held-out reward and the samples come from the tuned model
 alone, in all steps.

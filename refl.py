@@ -96,8 +96,8 @@ OURS = {
         reward="toy_pref", prompts=f"{TOY}/prompts_train.txt",
         test_prompts=f"{TOY}/prompts_test.txt",
     ),
-    # Distilled to 5 steps. It predicts a clean image even from the first ones, where the gradient
-    # costs fewer correct captions than at the last two: see results/refl.md.
+    # It samples in 5 steps. A gradient at the first three costs fewer correct captions than one at
+    # the last two: see results/refl.md.
     "toy-flux": dict(
         train_steps=40, batch_size=8, resolution=64, lr=3e-4, lora_rank=8,
         num_inference_steps=5, first_mid=0, last_mid=2, reward_scale=1e-3,
