@@ -13,9 +13,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import combined_sample
 from common import load_model, make_trainable
 from results import run
-from results.experiments import diffdoctor_treatment, focus_n_fix, imagerefl, refl, tools
+from results.experiments import diffdoctor_treatment, flows, focus_n_fix, imagerefl, refl, tools
 from results.experiments import unwanted_concept
-from toy.oracle import correct
+from toy.oracle import correct, recognised
 from toy.scenes import render, sample_scene
 
 FLAGS = ("--gamma", 0.25, "--naive", "--train_steps", 40)
@@ -144,6 +144,47 @@ def test_the_bench_makes_the_images_of_combined_sample(tmp_path):
     assert not torch.equal(bench.images("16"), bench.images("aig"))
 
 
+def test_the_bench_samples_a_flow_as_combined_sample_does(tmp_path):
+    model = load_model("toy-flux", CPU)
+    random_lora(make_trainable(model, 4), size=0.1)
+    model.save(tmp_path / "lora")
+    words = ["--model", "toy-flux", "--lora", tmp_path / "lora", "--num_images", 2]
+    words += ["--prompts", tools.write_prompts(tmp_path / "p.txt", ["a red star"])]
+    words += ["--mode", "combined", "--base_steps", 2, "--device", "cpu", "--out", tmp_path / "2"]
+    assert run_script(combined_sample, *words) == 0
+
+    flow = dict(model="toy-flux", scheduler="euler", num_steps=5)
+    bench = refl.Bench(tmp_path / "flows", ["a red star"], each=2, **flow)
+    row = flows.measure(bench, "2", tmp_path / "lora", 2)
+    files = sorted((tmp_path / "2").glob("0*.png"))
+    images = torch.stack([pil_to_tensor(Image.open(file)) for file in files]) / 255
+    assert (images - bench.images("flow_2")).abs().max() < 1.5 / 255
+    is_recognized = [recognised(image, "a red star") for image in bench.images("flow_2")]
+    assert row["recognised"] == sum(is_recognized) / 2
+
+
+def test_imagerefl_is_compared_with_refl_at_the_same_gradient_steps(capsys, monkeypatch):
+    """In a world where ImageReFL is ahead by the seed, and every base step takes 0.1."""
+
+    def fake_measure(bench, name, lora, base_steps):
+        value = -0.1 * base_steps
+        if lora and lora.parts[0] == "image":
+            value += int(name.split("_")[1])
+        if lora and lora.parts[0] == "refl":
+            value += 99  # the default's steps, which must not be compared
+        return dict.fromkeys(flows.COMPARED, value)
+
+    monkeypatch.setattr(flows, "measure", fake_measure)
+    runs = [{"ReFL": Path("refl"), "ReFL, late": Path("late"), "ImageReFL": Path("image")}] * 3
+    rows = flows.measure_rows(None, runs)
+    assert len(rows) == 1 + 2 + 10 + 10
+    assert rows["ReFL, late, 40 updates + 3 base steps"][0]["toy_pref"] == pytest.approx(-0.3)
+    flows.print_differences(rows)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "toy_pref " in line]
+    assert len(lines) == 10
+    assert all("toy_pref +1.000 (+0.000 +1.000 +2.000)" in line for line in lines)
+
+
 def test_equal_diversity_is_read_off_the_best_of_several_lines():
     lines = [
         [dict(dino_div=0.2, x=3), dict(dino_div=0.1, x=1)],
@@ -159,7 +200,7 @@ def test_equal_diversity_is_read_off_the_best_of_several_lines():
 class LinearBench:
     """Every base step adds 0.01 of diversity and takes 0.1 of every other metric.
 
-    AIG with powers 1 and 3 is as diverse as 15 and 17 base steps, and 0.3 worse. The runs of
+    AIG with powers 1 to 5 is as diverse as 15 to 19 base steps, and 0.3 worse. The runs of
     ImageReFL get more captions right with every training seed.
     """
 
@@ -195,10 +236,10 @@ def test_methods_are_compared_at_equal_diversity_and_paired_by_seed(capsys):
     # A third of the way from 17 base steps to the base model.
     assert "toy_pref -1.800" in refl_part and "toy_pref -1.800" in aig_part
     assert "toy_correct +0.013 (+0.000 +0.007 +0.013 +0.020 +0.027)" in refl_part
-    assert "toy_pref_b -0.200 (-0.200 -0.200 -0.200)" in aig_part
+    assert "toy_pref_b -0.300 (-0.300 -0.300 -0.300)" in aig_part
     # Each guidance has the base model of its own at the end of the lines.
     (part,) = [part for part in printed if "guidance 2, dino_div 0.23\n" in part]
-    assert "toy_pref -1.800" in part and "toy_pref_b -0.200 (" in part
+    assert "toy_pref -1.800" in part and "toy_pref_b -0.300 (-0.300 -0.300 -0.300)" in part
 
 
 def test_shrink_leaves_256_colors_and_the_size(tmp_path):
