@@ -135,7 +135,28 @@ def test_an_update_on_a_flow_by_hand(world):
     assert row["loss"] == pytest.approx(-1e-3 * (r - 3) / 13 + 0.1 * mse, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["flux", "flux_dev"])
+@pytest.mark.parametrize(
+    "row, family, sigma",
+    [("flux-schnell", "flux", 0.5), ("flux-dev", "flux_dev", 0.39), ("sd35", "sd35", 0.38)]
+    + [("z-image", "z_image", 0.42), ("toy-flux", "flux", 0.4)],
+)
+def test_a_flow_starts_where_the_noise_is_about_that_of_the_paper(world, row, family, sigma):
+    """At the step whose ratio of noise to signal is closest to that of t' = 226."""
+    settings = imagerefl.OURS[row]
+    # FLUX.1-dev's sigmas depend on the size of the latents, which is 64 x 64 at its 512 pixels.
+    model = load_model(getattr(world, family), CPU, 128)
+    sigmas = make_scheduler(model, "euler", settings["num_inference_steps"]).timesteps / 1000
+    alpha_bar = load_model(world.sd, CPU).pipe.scheduler.alphas_cumprod[226]
+    paper = ((1 - alpha_bar) / alpha_bar).sqrt()
+    assert paper == pytest.approx(0.63, abs=0.01)
+    # At sigma 1 there is no signal.
+    ratios = sigmas[1:] / (1 - sigmas[1:])
+    closest = 1 + (ratios / paper).log().abs().argmin().item()
+    assert settings["start"] == settings["first_mid"] == closest
+    assert sigmas[closest].item() == pytest.approx(sigma, abs=0.006)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux_dev", "sd35", "z_image"])
 def test_every_flow_trains(world, family):
     """An update from images and a ReFL step, and both reach the whole LoRA."""
     run = train(world, "run", "--train_steps", 2, "--refl_every", 2, family=family)
