@@ -5,7 +5,7 @@ ImageReFL's Table 1 and Figures 5 and 9, beside the same seeds of ReFL, on held-
 Runs     5 runs of ReFL, the first 3 of which are those of the experiment refl, and 5 of
          imagerefl.py. The first 3 of these get twice as many updates as ReFL, as in the paper.
          Then 4 images of each of 40 held-out prompts: combined generation from two or three
-         snapshots of every run at several switch points; and AIG with four or five powers from
+         snapshots of every run at several switch points; and AIG with two to five powers from
          ReFL's last snapshot. The latter two are compared with a base guidance of 2, too.
 Prints   the table; and every method's best unseen judge and captions at equal diversity, read off
          straight lines between neighboring settings, with differences paired by training seed.
@@ -31,7 +31,7 @@ SNAPSHOTS = {
 }
 LOW_GUIDANCE = 2
 # The base model's guidance: AIG's powers
-POWERS = {4: (1, 1.5, 2, 3, 5), LOW_GUIDANCE: (1, 2, 3, 5)}
+POWERS = {4: (1, 1.5, 2, 3, 5), LOW_GUIDANCE: (1, 3)}
 # The base model's guidance: where methods are compared
 DIVERSITIES = {4: (0.195, 0.2, 0.205), LOW_GUIDANCE: (0.22, 0.225, 0.23)}
 COMPARED = ("toy_pref", "toy_pref_b", "toy_correct")
