@@ -8,7 +8,7 @@ Prints   the table of the experiment refl, with recognised, the oracle's nearest
          ImageReFL minus ReFL at the same gradient steps, updates and base steps, paired by
          training seed.
 Draws    flows.png, the same prompts and noise before and after training, seed 0.
-Took     about TODO minutes of CPU time on one core.
+Took     48 minutes with --jobs 1, on two CPU cores that other jobs kept busy.
 """
 
 import itertools
@@ -89,6 +89,6 @@ def draw_before_and_after(bench):
     """Draws ten prompts before and after training, seed 0."""
     names = {"base": "base"}
     for kind, updates in itertools.product(("ReFL", "ImageReFL"), SNAPSHOTS):
-        names[f"{kind}, {updates} updates"] = f"{kind}_0_{updates}_0"
+        names[f"{kind}, {updates}"] = f"{kind}_0_{updates}_0"
     rows = {label: bench.images(f"flow_{name}")[SHOWN] for label, name in names.items()}
     draw_rows(rows, "flows.png")
