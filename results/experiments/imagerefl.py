@@ -6,7 +6,7 @@ Runs     5 runs of ReFL, the first 3 of which are those of the experiment refl, 
          imagerefl.py. The first 3 of these get twice as many updates as ReFL, as in the paper.
          Then 4 images of each of 40 held-out prompts: combined generation from two or three
          snapshots of every run at several switch points; and AIG with two to five powers from
-         ReFL's last snapshot. Seed 0 does this with a base guidance of 2, too.
+         ReFL's last snapshot. These two are compared with a base guidance of 2, too.
 Prints   the table; and every method's best unseen judge and captions at equal diversity, read off
          straight lines between neighboring settings, with differences paired by training seed.
 Draws    trade_off.png, each metric against diversity; and trade_off_images.png, the same prompts
@@ -32,10 +32,8 @@ SNAPSHOTS = {
 LOW_GUIDANCE = 2
 # The base model's guidance: AIG's powers
 POWERS = {4: (1, 1.5, 2, 3, 5), LOW_GUIDANCE: (1, 3)}
-# The base model's guidance: the training seeds of the comparison with AIG
-GUIDANCES = {4: SEEDS, LOW_GUIDANCE: SEEDS[:1]}
 # The base model's guidance: where methods are compared
-DIVERSITIES = {4: (0.195, 0.2, 0.205), LOW_GUIDANCE: (0.22, 0.225, 0.23)}
+DIVERSITIES = {4: (0.195, 0.2, 0.205), LOW_GUIDANCE: (0.225, 0.23)}
 COMPARED = ("toy_pref", "toy_pref_b", "toy_correct")
 
 
@@ -85,7 +83,7 @@ def aig_name(power, guidance):
 def measure_rows(bench, runs):
     """{name of a row: its metrics, one dict per training seed, from seed 0 on}."""
     rows = {}
-    for guidance in GUIDANCES:
+    for guidance in POWERS:
         metrics = bench.measure(f"base_{guidance}", None, bench.combined, NUM_STEPS, guidance)
         rows[base_name(guidance)] = [metrics]
     for kind, snapshots in SNAPSHOTS.items():
@@ -103,8 +101,8 @@ def measure_rows(bench, runs):
 
     # Combined generation and AIG from ReFL's last snapshot.
     updates = SNAPSHOTS["ReFL"][-1]
-    for guidance, seeds in GUIDANCES.items():
-        for seed in seeds:
+    for guidance in POWERS:
+        for seed in SEEDS:
             lora = runs[seed]["ReFL"] / "lora" / f"step_{updates:06d}"
             if guidance == LOW_GUIDANCE:
                 for base_steps in BASE_STEPS:
@@ -145,7 +143,7 @@ def comparisons():
     image_lines = [line_names("ImageReFL", first), line_names("ImageReFL", last)]
     yield "ImageReFL", image_lines, "ReFL", refl_lines, 4
     yield "ImageReFL, 120", [line_names("ImageReFL", 2 * last)], "ReFL", refl_lines, 4
-    for guidance in GUIDANCES:
+    for guidance in POWERS:
         refl_line = line_names("ReFL", last, guidance)
         yield "AIG", [aig_line(guidance)], "ReFL, 60", [refl_line], guidance
 
