@@ -1079,9 +1079,10 @@ def main(args):
             log_prob_old = log_prob
 
         # Update the weights, with the gradient's norm clipped to 1 (Table 3). Skip the update if
-        # the gradient or the mean reward is NaN or Inf.
+        # the loss, the gradient or the mean reward is NaN or Inf.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        is_finite = math.isfinite(grad_norm) and math.isfinite(pairs.stats["reward"])
+        is_finite = math.isfinite(grad_norm) and math.isfinite(total_loss)
+        is_finite = is_finite and math.isfinite(pairs.stats["reward"])
         if is_finite:
             optimizer.step()
         else:

@@ -481,9 +481,10 @@ def train_detector(args):
         loss = detector_loss(confidence, labels[:, 0])
         loss.backward()
 
-        # Update the weights, without clipping. A gradient with NaN or Inf never reaches them.
+        # Update the weights, without clipping. Skip the update if the loss or the gradient is NaN
+        # or Inf. We check both, because the gradient can be finite where the loss is not.
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
-        is_finite = math.isfinite(grad_norm)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(loss.item())
         if is_finite:
             optimizer.step()
         else:
@@ -710,9 +711,10 @@ def treat(args):
         total_offline_loss = sum_processes(total_offline_loss)
         maps = gather(torch.cat(maps), args.batch_size)
 
-        # Update the weights, without clipping. A gradient with NaN or Inf never reaches them.
+        # Update the weights, without clipping. Skip the update if the loss or the gradient is NaN
+        # or Inf. We check both, because the gradient of clamp is zero where a pixel is NaN.
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
-        is_finite = math.isfinite(grad_norm)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(total_loss)
         if is_finite:
             optimizer.step()
         else:

@@ -652,10 +652,11 @@ def main(args):
         area = gather(mask.mean((1, 2, 3)), args.batch_size)
         grads = sum_processes(torch.stack(list(squared_grads.values()))).sqrt().tolist()
 
-        # Update the weights, with the gradient's norm clipped to 1. A gradient with NaN or Inf
-        # never reaches them.
+        # Update the weights, with the gradient's norm clipped to 1. Skip the update if the loss
+        # or the gradient is NaN or Inf. We check both, because the gradient of clamp is zero where
+        # a pixel is NaN.
         grad_norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
-        is_finite = math.isfinite(grad_norm)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(total_loss)
         if is_finite:
             optimizer.step()
         else:

@@ -260,9 +260,10 @@ def main(args):
         total_loss = sum_processes(total_loss)
         rewards = gather(torch.cat(rewards), args.batch_size)
 
-        # Update the weights, without clipping. A gradient with NaN or Inf never reaches them.
+        # Update the weights, without clipping. Skip the update if the loss or the gradient is NaN
+        # or Inf. We check both, because the gradient of clamp is zero where a pixel is NaN.
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params]).item()
-        is_finite = math.isfinite(grad_norm)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(total_loss)
         if is_finite:
             optimizer.step()
         else:

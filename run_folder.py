@@ -503,7 +503,7 @@ class Run:
     def skip(self, step):
         """Records and reports a skipped update. Five in a row end the run."""
         self.skipped.append(step)
-        message = f"update {step}: NaN or Inf in its gradient or reward, skipped"
+        message = f"update {step}: NaN or Inf in its loss, gradient or reward, skipped"
         if self.skipped[-5:] == list(range(step - 4, step + 1)):
             sys.exit(f"{message}. This is the fifth in a row; lower --lr")
         if is_main_process():

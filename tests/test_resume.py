@@ -1,6 +1,8 @@
 """Invariant 4: a run that was stopped, killed or resumed with another micro-batch ends with the
 same bytes as one that nobody disturbed."""
 
+import builtins
+import io
 import json
 import math
 from pathlib import Path
@@ -97,6 +99,26 @@ def test_a_save_that_was_cut_off_is_as_if_it_had_not_begun(world, monkeypatch, n
     assert kills.result("run") == kills.result("whole")
 
 
+@pytest.mark.parametrize("name", SCRIPTS_THAT_TRAIN)
+def test_only_the_log_is_written_in_place(world, monkeypatch, name):
+    """All other files get their names when they are whole. The log may end in half a line."""
+    module, words = training_commands(world)[name]
+    written = set()
+    real_open = open
+
+    def note(path, mode="r", *args, **kwargs):
+        if mode[0] in "wax" and str(path).startswith("run/"):
+            written.add(str(path).removeprefix("run/"))
+        return real_open(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", note)
+    monkeypatch.setattr(io, "open", note)
+    assert run_script(module, *words, "--train_steps", 2, "--out", "run") == 0
+    assert {"config.json.tmp", "index.html.tmp"} < written
+    assert any(name.endswith(".png.tmp") for name in written)
+    assert {name for name in written if ".tmp" not in name} == {"log.jsonl"}
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_again(world, monkeypatch):
     module, words = training_commands(world)["refl"]
     assert run_script(module, *words, "--out", "whole") == 0
@@ -145,9 +167,23 @@ def test_what_changes_the_numbers_is_refused(world):
 # NaN and Inf
 
 
+def note_weights(monkeypatch):
+    """-> a list that will have the weights after every update."""
+    seen = []
+    zero_grad = torch.optim.Optimizer.zero_grad
+
+    def note(optimizer, *args, **kwargs):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append([p.detach().clone() for p in params])
+        zero_grad(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", note)
+    return seen
+
+
 def break_gradients(monkeypatch, module, bad_updates):
     """The gradient of these updates is NaN -> a list of the weights after every update."""
-    seen = []
+    seen = note_weights(monkeypatch)
     norm_functions = {name: getattr(torch.nn.utils, name) for name in NORMS}
 
     def make_broken(name):
@@ -159,14 +195,6 @@ def break_gradients(monkeypatch, module, bad_updates):
 
     for name in NORMS:
         monkeypatch.setattr(torch.nn.utils, name, make_broken(name))
-    zero_grad = torch.optim.Optimizer.zero_grad
-
-    def note(optimizer, *args, **kwargs):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        seen.append([p.detach().clone() for p in params])
-        zero_grad(optimizer, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", note)
     return seen
 
 
@@ -184,6 +212,57 @@ def test_an_update_that_is_not_finite_is_left_out_counted_and_said(
     assert capsys.readouterr().err.count("update 3: NaN or Inf") == 1
     assert all(torch.equal(a, b) for a, b in zip(weights[1], weights[2]))
     assert not all(torch.equal(a, b) for a, b in zip(weights[2], weights[3]))
+    assert all(t.isfinite().all() for t in read_weights_of_run("run").values())
+
+
+@pytest.mark.parametrize("name", SCRIPTS_THAT_TRAIN)
+def test_nan_from_a_network_changes_nothing(world, monkeypatch, capsys, name):
+    """In update 2 the denoiser returns NaN, in update 3 the VAE's decoder, in update 4 the judge.
+
+    The NaN is only in the values. In most scripts, the gradient of update 3 is zero and finite.
+    """
+    module, words = training_commands(world)[name]
+    words = [*words, "--train_steps", 5, "--save_every", 5]
+    if name == "dfusion_dpo":
+        words += ["--inner_epochs", 1]  # every update samples and judges its own images
+    weights = note_weights(monkeypatch)
+    spoiled = []
+
+    def spoil(loader, update, find_layer):
+        load = getattr(module, loader)
+
+        def return_nan(layer, inputs, output):
+            if len(weights) + 1 == update:
+                spoiled.append(update)
+                return output.masked_fill(torch.ones_like(output, dtype=torch.bool), math.nan)
+
+        def load_and_spoil(*args, **kwargs):
+            loaded = load(*args, **kwargs)
+            find_layer(loaded).register_forward_hook(return_nan)
+            return loaded
+
+        monkeypatch.setattr(module, loader, load_and_spoil)
+
+    if name == "detector":
+        spoil("start_detector", 4, lambda detector: detector)
+    else:
+        spoil("load_model", 2, lambda model: model.denoiser.conv_out)
+        spoil("load_model", 3, lambda model: model.vae.decoder.conv_out)
+        if name in ("treat", "focus_n_fix"):
+            spoil("load_detector", 4, lambda detector: detector)
+        else:
+            spoil("load_reward", 4, lambda loaded: loaded[0].clip.visual_projection)
+
+    assert run_script(module, *words, "--out", "run") == 0
+    bad_updates = {4} if name == "detector" else {2, 3, 4}
+    assert set(spoiled) == bad_updates
+    assert {row["step"] for row in read_log("run") if "skipped" in row} == bad_updates
+    errors = capsys.readouterr().err
+    assert errors.count("NaN or Inf in its loss") == len(bad_updates)
+    assert "not up to date" not in errors  # the page shows such a run, too
+    for update in range(2, 6):
+        is_same = all(torch.equal(a, b) for a, b in zip(weights[update - 2], weights[update - 1]))
+        assert is_same == (update in bad_updates)
     assert all(t.isfinite().all() for t in read_weights_of_run("run").values())
 
 
