@@ -376,6 +376,32 @@ def training_commands(world):
     }
 
 
+def commands_for_two(world):
+    """{name: (module, words)}: the commands that two processes can share, with work for both.
+
+    That takes two held-out prompts, and for D-Fusion two prompts per round.
+    """
+    two_prompts = world.root / "two_prompts.txt"
+    two_prompts.write_text("\n".join(PROMPTS[:2]) + "\n")
+    items = {1: "blue square", 2: "triangle"}  # number of a prompt: the item that fusion moves
+    rows = [dict(prompt=PROMPTS[i], items=[item], thresholds=[0.08]) for i, item in items.items()]
+    two_items = world.root / "two_items.json"
+    two_items.write_text(json.dumps({"two": dict(train=rows, test=PROMPTS[:2])}))
+
+    commands = training_commands(world)
+    del commands["detector"]  # batch norm must see the whole batch
+    for name, (module, words) in commands.items():
+        if name == "dfusion_dpo":
+            # Each pair trains on steps of its own, and DDPO needs the rewards of earlier rounds,
+            # when a prompt was the other process's turn.
+            words = [*words, "--prompts", two_items, "--batch_size", 8]
+            words += ["--train_timesteps", 2, "--algo", "ddpo"]
+        else:
+            words = [*words, "--test_prompts", two_prompts]
+        commands[name] = (module, words)
+    return commands
+
+
 SCRIPTS_THAT_TRAIN = ("refl", "imagerefl", "focus_n_fix", "treat", "detector", "dfusion_dpo")
 
 
@@ -415,6 +441,26 @@ def read_weights_of_run(run):
     ]
     (file,) = [path for path in candidates if path.is_file()]
     return load_file(file)
+
+
+def assert_same_run(first, second):
+    """Logs and weights agree, except for the last digits, which depend on the order of sums."""
+    rows = read_log(first)
+    other_rows = read_log(second)
+    assert len(rows) == len(other_rows) == 4
+    for row, other in zip(rows, other_rows):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            if isinstance(value, dict):
+                value = list(value.values())
+                other[name] = list(other[name].values())
+            assert other[name] == pytest.approx(value, rel=1e-3, abs=2e-5), name
+    weights = read_weights_of_run(first)
+    other_weights = read_weights_of_run(second)
+    assert weights.keys() == other_weights.keys()
+    for key, weight in weights.items():
+        # Four updates at a learning rate of 1e-3. Adam amplifies the last digits of gradients.
+        torch.testing.assert_close(other_weights[key], weight, rtol=0, atol=1e-4)
 
 
 def same_tensors(first, second):

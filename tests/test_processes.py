@@ -15,10 +15,10 @@ import pytest
 import refl
 import run_folder
 import torch
-from conftest import PROMPTS, ROOT, read_log, read_weights_of_run, run_script, training_commands
+from conftest import ROOT, assert_same_run, commands_for_two, read_log, run_script
+from conftest import training_commands
 from PIL import Image, ImageChops
 
-ITEMS = {1: "blue square", 2: "triangle"}  # number of a prompt: the item that fusion moves
 SUMS = {"imagerefl": "toy_pref=0.5,toy_clip", "dfusion_dpo": "toy_clip,toy_pref=0.5"}
 TRAINING = ("refl", "imagerefl", "treat", "focus_n_fix", "dfusion_dpo")
 
@@ -39,23 +39,10 @@ def runs(world, tmp_path_factory):
     """A folder with every run twice: made by one process (one/NAME) and by two (two/NAME)."""
     root = tmp_path_factory.mktemp("processes")
     torch.set_num_threads(1)
-    # Both processes need something to do: two held-out prompts, and two prompts per round.
-    (root / "two_prompts.txt").write_text("\n".join(PROMPTS[:2]) + "\n")
-    rows = [dict(prompt=PROMPTS[i], items=[item], thresholds=[0.08]) for i, item in ITEMS.items()]
-    (root / "items.json").write_text(json.dumps({"two": dict(train=rows, test=PROMPTS[:2])}))
-
     commands = []
-    for name in TRAINING:
-        module, words = training_commands(world)[name]
-        if name == "dfusion_dpo":
-            # Each pair trains on steps of its own, and DDPO needs the rewards of earlier rounds,
-            # when a prompt was the other process's turn.
-            words = [*words, "--prompts", root / "items.json", "--batch_size", 8]
-            words += ["--train_timesteps", 2, "--algo", "ddpo"]
-        else:
-            words = [*words, "--test_prompts", root / "two_prompts.txt"]
+    for name, (module, words) in commands_for_two(world).items():
         if name in SUMS:
-            words += ["--reward", SUMS[name]]
+            words = [*words, "--reward", SUMS[name]]
         assert run_script(module, *words, "--out", root / "one" / name) == 0
         commands.append([module.__name__, [*words, "--out", root / "two" / name]])
 
@@ -89,28 +76,8 @@ def runs(world, tmp_path_factory):
 
 def halfway_words(world, root):
     """The flags of the run that two processes start and one process finishes."""
-    _, words = training_commands(world)["refl"]
-    return [*words, "--test_prompts", root / "two_prompts.txt", "--out", root / "two" / "half"]
-
-
-def assert_same_run(first, second):
-    """Logs and weights agree, except for the last digits, which depend on the order of sums."""
-    rows = read_log(first)
-    other_rows = read_log(second)
-    assert len(rows) == len(other_rows) == 4
-    for row, other in zip(rows, other_rows):
-        assert row.keys() == other.keys()
-        for name, value in row.items():
-            if isinstance(value, dict):
-                value = list(value.values())
-                other[name] = list(other[name].values())
-            assert other[name] == pytest.approx(value, rel=1e-3, abs=2e-5), name
-    weights = read_weights_of_run(first)
-    other_weights = read_weights_of_run(second)
-    assert weights.keys() == other_weights.keys()
-    for key, weight in weights.items():
-        # Four updates at a learning rate of 1e-3. Adam amplifies the last digits of gradients.
-        torch.testing.assert_close(other_weights[key], weight, rtol=0, atol=1e-4)
+    _, words = commands_for_two(world)["refl"]
+    return [*words, "--out", root / "two" / "half"]
 
 
 @pytest.mark.parametrize("name", TRAINING)
