@@ -55,8 +55,9 @@ from common import sample, scheduler_step
 from data.images import open_image, to_tensor
 from data.prompts import condition, encode_once, read_prompts
 from models import MODELS
-from run_folder import is_main_process, joined_processes, own_part, readable_errors, save_grid
-from run_folder import settings_for, settings_parser, to_pil, wait_for_all, write_atomically
+from run_folder import check_counts, is_main_process, joined_processes, own_part, readable_errors
+from run_folder import save_grid, settings_for, settings_parser, to_pil, wait_for_all
+from run_folder import write_atomically
 
 # Defaults for images that no run's config.json describes. The base model's guidance is that of
 # diffusers' pipelines; the scheduler and its 40 steps are those of ImageReFL, section 5. The tuned
@@ -113,6 +114,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", required=True, help="folder for the images, new or empty")
     args = parser.parse_args(argv)
+    check_counts(args)
 
     run = read_run(args.lora)
     # A run of focus_n_fix.py with --prefix base leaves its first steps to the base model.

@@ -247,7 +247,7 @@ def make_scheduler(model, kind, num_inference_steps):
     if model.is_flow:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     else:
-        scheduler_class = DDPMScheduler if kind == "ddpm" else DDIMScheduler
+        scheduler_class = dict(ddpm=DDPMScheduler, ddim=DDIMScheduler)[kind]
         grid = dict(timestep_spacing="leading", steps_offset=1)
         scheduler = scheduler_class.from_config(
             config, clip_sample=False, thresholding=False, **grid

@@ -85,7 +85,7 @@ from common import load_model, make_scheduler, make_trainable, pick_device, pred
 from data.items import read_items, token_span, write_items
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARD_HELP, load_reward
-from run_folder import Run, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import Run, check_counts, check_out, chosen_model, describe_reward, gather, held_out
 from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
 from run_folder import reward_columns, run_name, save_grid, score_with_parts, settings_for
 from run_folder import settings_parser, sum_gradients, sum_processes, write_atomically
@@ -185,6 +185,7 @@ def parse_args(argv=None):
     own_trained_steps = settings.pop("trained_steps", None)
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
+    check_counts(args)
 
     if args.naive and (args.fusion_layers or args.fusion_steps):
         parser.error("--naive fuses nothing: leave out --fusion_layers and --fusion_steps")

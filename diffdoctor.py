@@ -55,10 +55,10 @@ from data.labels import Labelled, overlay, read_labels
 from data.prompts import condition, encode_once, read_prompts
 from judges.detector import Detector, load_detector
 from rewards import REWARD_HELP, load_reward
-from run_folder import Run, SettingsHelp, check_out, chosen_model, gather, held_out_images
-from run_folder import is_main_process, joined_processes, num_processes, own_part, print_settings
-from run_folder import readable_errors, run_name, save_grid, score, settings_for, settings_parser
-from run_folder import sum_gradients, sum_processes, write_atomically
+from run_folder import Run, SettingsHelp, check_counts, check_out, chosen_model, gather
+from run_folder import held_out_images, is_main_process, joined_processes, num_processes, own_part
+from run_folder import print_settings, readable_errors, run_name, save_grid, score, settings_for
+from run_folder import settings_parser, sum_gradients, sum_processes, write_atomically
 
 NAME = "diffdoctor"  # names the run folder of `treat`; change it in a fork
 PAPER = {  # treat: section 4.1, gamma from Eq. 4, and dev's 10 steps from section 4.3
@@ -152,6 +152,7 @@ def parse_args(argv=None):
     detector_parser = commands.add_parser("detector", help="train a detector", **options)
     add_detector_settings(detector_parser, argv)
     args = parser.parse_args(argv)
+    check_counts(args)
 
     if args.command == "treat":
         if not args.detector:

@@ -79,8 +79,9 @@ from judges.weights import UNREADABLE, explain, find_file, load_complete
 from models.hub import split_revision
 from pages.make import comparison_page, data_uri, some_of
 from rewards import OwnReward, build_reward, is_own, split_own
-from run_folder import gather, generate_batches, is_main_process, joined_processes, own_part
-from run_folder import readable_errors, settings_parser, to_pil, wait_for_all, write_atomically
+from run_folder import check_counts, gather, generate_batches, is_main_process, joined_processes
+from run_folder import own_part, readable_errors, settings_parser, to_pil, wait_for_all
+from run_folder import write_atomically
 from toy.oracle import correct
 from toy.scenes import SIZE as TOY_SIZE
 from toy.scenes import parse_caption
@@ -143,6 +144,7 @@ def parse_args(argv=None):
     add("--html", help="write the tables and images, side by side, to this web page")
     add("--plot", help="PNG: quality against diversity; with --over_steps, metrics over steps")
     args = parser.parse_args(argv)
+    check_counts(args)
 
     args.metrics = split_metrics(args.metrics)
     distances = [name for name in args.metrics if name in DISTANCES]
@@ -282,9 +284,13 @@ def read_folder(folder):
     path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
         sys.exit(f"{folder}: no metadata.jsonl in it; combined_sample.py writes such folders")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        sys.exit(f"{path}: not UTF-8 text")
     rows = []
     # Not splitlines(), because a caption may contain U+2028.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -498,7 +504,7 @@ def fingerprint(name, source, device, folder, rows):
     elif source:
         weights = [path for path in sorted(Path(source).glob("*")) if path.is_file()]
     code = []
-    files = ["evaluate.py", "rewards.py", "toy/oracle.py", "toy/scenes.py"]
+    files = ["evaluate.py", "rewards.py", "data/images.py", "toy/oracle.py", "toy/scenes.py"]
     files += sorted((ROOT / "judges").glob("*.py"))
     for file in files:
         code.append((ROOT / file).read_bytes())

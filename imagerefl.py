@@ -55,7 +55,7 @@ from common import pick_device, predict_x0, sample
 from data.images import image_batches, image_data
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARD_HELP, known_reward, load_reward
-from run_folder import Run, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import Run, check_counts, check_out, chosen_model, describe_reward, gather, held_out
 from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
 from run_folder import reward_means, run_name, settings_for, settings_parser, sum_gradients
 from run_folder import sum_processes, with_parts
@@ -153,6 +153,7 @@ def parse_args(argv=None):
     # The row of OURS for this --model gives the defaults, and flags override them.
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
+    check_counts(args)
 
     # The toy world has more training prompts than its images have captions.
     if args.prompts is None and args.data == f"{TOY}/images":

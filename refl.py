@@ -44,7 +44,7 @@ from common import TOY, decode, denoise, generator, initial_latents, load_model,
 from common import make_trainable, merged, pick_device, predict_x0, sample
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARD_HELP, known_reward, load_reward
-from run_folder import Run, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import Run, check_counts, check_out, chosen_model, describe_reward, gather, held_out
 from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
 from run_folder import reward_means, run_name, settings_for, settings_parser, sum_gradients
 from run_folder import sum_processes, with_parts
@@ -136,6 +136,7 @@ def parse_args(argv=None):
     # The row of OURS for this --model gives the defaults, and flags override them.
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
+    check_counts(args)
 
     # known_reward exits if there is no such reward.
     reward_name = known_reward(args.reward)

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -43,6 +45,11 @@ from pages.make import run_page
 # Settings that do not change the numbers may differ when a run is resumed.
 MAY_DIFFER = ("train_steps", "micro_batch", "checkpointing", "compile", "save_every")
 NOT_SAVED = ("resume", "out", "device")
+CHECKPOINT = Path("checkpoint") / "state.pt"  # in the run folder
+COUNTS = (
+    "train_steps", "batch_size", "micro_batch", "save_every", "num_inference_steps", "num_images",
+    "images_per_prompt", "max_images",
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,13 +112,27 @@ def run_name(script, args):
     return str(Path("runs") / re.sub(r"[^\w.-]+", "_", name))
 
 
+def check_counts(args):
+    """Exits if a setting that counts something is zero or negative."""
+    for name in COUNTS:
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            sys.exit(f"--{name} {value}: it must be 1 or more")
+
+
 def check_out(args):
     """Exits if --out has a run that we would overwrite, or if --resume finds no run there."""
-    has_run = (Path(args.out) / "config.json").is_file()
+    out = Path(args.out)
+    has_run = (out / "config.json").is_file()
     if args.resume and not has_run:
         sys.exit(f"--resume: there is no run in {args.out}; name its folder with --out")
     if has_run and not args.resume:
         sys.exit(f"{args.out} already holds a run: pass --resume, or choose another --out")
+    # Run.save writes index.html after the checkpoint. Without this check, a run whose checkpoint
+    # was deleted would start over and overwrite its log and weights.
+    has_lost_checkpoint = (out / "index.html").is_file() and not (out / CHECKPOINT).is_file()
+    if args.resume and has_lost_checkpoint:
+        sys.exit(f"--resume: {out / CHECKPOINT} is missing, so the run cannot be continued")
 
 
 def papers_settings(args, paper):
@@ -138,10 +159,10 @@ def readable_errors(args):
     hint = ""
     try:
         yield
-    except (KeyboardInterrupt, torch.OutOfMemoryError, OSError) as error:
+    except (KeyboardInterrupt, torch.OutOfMemoryError, OSError, SafetensorError) as error:
         out = getattr(args, "out", None)
-        if out and (Path(out) / "checkpoint" / "state.pt").is_file():
-            hint = ". The last checkpoint is intact: add --resume to the command to continue"
+        if out and (Path(out) / CHECKPOINT).is_file():
+            hint = ". The last checkpoint is intact: repeat the command with --resume to continue"
         if isinstance(error, KeyboardInterrupt):
             print(f"\ninterrupted{hint}", file=sys.stderr)
             sys.exit(130)
@@ -407,7 +428,7 @@ class Run:
         self.paper = papers_settings(args, paper) if paper else None
         self.dir = Path(args.out)
         self.weights = self.dir / ("lora" if getattr(args, "lora_rank", 0) else "model")
-        self.checkpoint = self.dir / "checkpoint" / "state.pt"
+        self.checkpoint = self.dir / CHECKPOINT
         self.start = 0  # the updates that are already done
         self.skipped = []  # the updates that were skipped
 
@@ -420,9 +441,12 @@ class Run:
             self.check_config(old)
             # Keep what was added to the settings later, such as the values before training.
             self.config = {**old, **self.config}
+        if is_main_process():
+            # Another run may have started here while this one was loading its models.
+            check_out(args)
+        (self.dir / "samples").mkdir(parents=True, exist_ok=True)
         # A run that was stopped before its first checkpoint starts over.
         if not (args.resume and self.checkpoint.is_file()):
-            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
             self.write_config()
             write_atomically(self.dir / "log.jsonl", "")
         wait_for_all()
@@ -465,7 +489,11 @@ class Run:
         """
         if not (self.args.resume and self.checkpoint.is_file()):
             return None
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (EOFError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            sys.exit(f"--resume: {self.checkpoint} is damaged. {type(error).__name__}: {reason}")
         self.start = state["step"]
         if self.args.train_steps < self.start:
             sys.exit(f"--train_steps {self.args.train_steps}: the run is at {self.start} already")
@@ -526,7 +554,11 @@ class Run:
         state = dict(step=step, optimizer=optimizer.state_dict(), **more)
         state["params"] = [p.detach().cpu() for p in params]
         (new / "checkpoint").mkdir()
-        torch.save(state, new / "checkpoint" / "state.pt")
+        try:
+            torch.save(state, new / CHECKPOINT)
+        except RuntimeError as error:
+            # torch's message about a full disk does not say that it is one.
+            raise OSError(f"{self.checkpoint}: cannot be written. Is the disk full?") from error
 
         files = [file for file in new.rglob("*") if file.is_file()]
         files.sort(key=lambda file: file.name == "state.pt")

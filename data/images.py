@@ -23,20 +23,18 @@ def to_tensor(image):
     return pil_to_tensor(image) / 255
 
 
-def open_image(path, mode="RGB", upright=False):
-    """Reads an image file -> PIL image in this mode.
+def open_image(path, mode="RGB"):
+    """Reads an image file -> PIL image in this mode, turned upright as its EXIF tag says.
 
     Transparency is dropped: every pixel keeps the color stored in the file, also where it is fully
-    transparent. upright: turn the image as its EXIF tag says. Raises an OSError that names the file
-    if it is not an image, or has more than 8 bits per channel, which Pillow would clip to white.
+    transparent. Raises an OSError that names the file if it is not an image, or has more than 8
+    bits per channel, which Pillow would clip to white.
     """
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits per channel; save it with 8")
-            if upright:
-                image = ImageOps.exif_transpose(image)
-            return image.convert(mode)
+            return ImageOps.exif_transpose(image).convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: not a readable image ({error})") from error
 
@@ -72,7 +70,8 @@ class ImageFolder(Dataset):
         self.items = []
         path = Path(folder) / "metadata.jsonl"
         try:
-            content = path.read_text(encoding="utf-8")
+            # utf-8-sig drops the byte order mark that some editors put first.
+            content = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise OSError(f"{path}: not UTF-8 text") from error
         except OSError as error:
@@ -100,7 +99,7 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, i):
         path, text = self.items[i]
-        image = open_image(path, upright=True)
+        image = open_image(path)
         return to_tensor(square(image, self.resolution)), text
 
 

@@ -186,6 +186,7 @@ def test_refusals(world, run, capsys):
         ([*lora, "--out", world.images], "not an empty folder"),
         (["--mode", "base", "--lora", "nowhere"], "nowhere: no LoRA here"),
         ([*lora, "--model", world.flux], "LoRA"),
+        (["--mode", "base", "--num_images", 0], "--num_images 0: it must be 1 or more"),
     ):
         status = run_script(combined_sample, "--out", "new", *words)
         assert status != 0 and message in f"{status} {capsys.readouterr().err}", words

@@ -195,6 +195,9 @@ def mistakes(world):
         (["--prompts", "empty.txt"], ["empty.txt"]),
         (["--prompts", "binary.txt"], ["binary.txt", "UTF-8"]),
         (["--resolution", "50"], ["--resolution 50", "multiple of"]),
+        (["--batch_size", "0"], ["--batch_size 0", "1 or more"]),
+        (["--micro_batch", "-1"], ["--micro_batch -1", "1 or more"]),
+        (["--train_steps", "0"], ["--train_steps 0", "1 or more"]),
         (["--init_lora", "a_folder"], ["a_folder", "no LoRA here"]),
         (["--resume", "--out", "new"], ["--resume", "no run in new"]),
     ]
@@ -229,6 +232,7 @@ def test_the_other_scripts_answer_alike(world, name):
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--init_lora", "empty.txt"], "empty.txt"),
         (["--resume"], "--resume"),
+        (["--save_every", 0], "--save_every 0: it must be 1 or more"),
     ):
         message = run_script(module, *words, *flags, "--out", "run")
         assert isinstance(message, str) and expected in message, (flags, message)
@@ -246,6 +250,20 @@ def test_a_folder_that_holds_a_run_is_never_overwritten(world):
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     assert "holds a run" in run_script(module, *words, "--out", "run")
     assert before == {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+
+
+def test_two_runs_that_start_at_once_do_not_share_a_folder(world, monkeypatch):
+    module, words = training_commands(world)["refl"]
+
+    def load_while_another_run_starts(*args, **kwargs):
+        Path("run").mkdir()
+        Path("run/config.json").write_text("the other run's")
+        return load_model(*args, **kwargs)
+
+    monkeypatch.setattr(refl, "load_model", load_while_another_run_starts)
+    assert "run already holds a run" in run_script(module, *words, "--out", "run")
+    assert [path.name for path in Path("run").iterdir()] == ["config.json"]
+    assert Path("run/config.json").read_text() == "the other run's"
 
 
 def test_a_lora_of_another_model_is_refused(world):

@@ -17,7 +17,9 @@ from PIL import Image
 from data import coco, hpdv2
 from data.coco import Coco
 from data.images import ImageFolder, image_batches, image_data, square, to_tensor
+from data.labels import read_image, read_unlabelled
 from data.prompts import read_prompts
+from evaluate import read_batches, read_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {9: (64, 48), 25: (40, 60), 30: (32, 32), 34: (70, 33)}
@@ -212,6 +214,19 @@ def test_image_folder_and_batches(tmp_path):
     exif[0x0112] = 3
     Image.linear_gradient("L").save(tmp_path / "0.png", exif=exif)
     assert data[0][0][:, 0].min() > 0.9 and data[0][0][:, -1].max() < 0.1
+    # The labeling loop and evaluate.py see the same image.
+    ((images, _),) = read_batches(tmp_path, [dict(file_name="0.png")], 1)
+    for image in (images[0], read_image(tmp_path / "0.png", "RGB")):
+        assert image[:, 0].min() > 0.9 and image[:, -1].max() < 0.1
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    text = '\ufeff{"file_name": "0.png", "text": "x", "category": "dog"}\n'
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    assert ImageFolder(tmp_path, 16).captions == ["x"]
+    assert read_unlabelled(tmp_path)[0]["category"] == "dog"
+    assert read_folder(tmp_path)[0]["text"] == "x"
 
 
 def test_bad_metadata(tmp_path):

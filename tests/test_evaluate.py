@@ -376,8 +376,11 @@ def test_bad_folders_and_flags(tmp_path):
     ):
         write_rows(tmp_path, rows)
         assert message in message_of("toy_clip")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row), encoding="utf-16")
+    assert "metadata.jsonl: not UTF-8 text" in message_of("toy_clip")
     write_rows(tmp_path, [dict(row, text="a photo of a cat")])
     for words, message in (
+        ("toy_clip --batch_size 0", "--batch_size 0: it must be 1 or more"),
         ("toy_correct", "not a caption of the toy world"),
         (f"cov_dist --reference {tmp_path}", "one image has no covariance"),
         ("toy_perf", "no such metric"),

@@ -195,7 +195,7 @@ def test_what_a_flow_cannot_do_is_one_line(world, family):
     message = run_script(dfusion_dpo, "--model", model, "--reward", "toy_clip", "--out", "run")
     assert f"--model {model}: there are no settings for it" in message
     words = ["--model", model, "--reward", "toy_pref", "--prompts", world.prompts]
-    words += ["--test_prompts", world.one, "--lora_rank", 0, "--out", "run", "--train_steps", 0]
+    words += ["--test_prompts", world.one, "--lora_rank", 0, "--out", "run", "--train_steps", 1]
     assert "--lora_rank 0 is for U-Nets" in run_script(refl, *words)
     with pytest.raises(SystemExit, match="flows, and only they, need euler"):
         make_scheduler(load_model(model, CPU), "ddpm", 4)

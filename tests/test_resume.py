@@ -5,6 +5,7 @@ import builtins
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import kills
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import SCRIPTS_THAT_TRAIN, read_log, read_weights_of_run, run_script, same_tensors
 from conftest import training_commands
+from safetensors import SafetensorError
 
 import refl
 from run_folder import Run
@@ -146,6 +148,60 @@ def test_what_does_not_change_the_numbers_may_change(world, stop_after_a_checkpo
     assert run_script(module, *words, "--out", "whole") == 0
     for row, other in zip(read_log("run"), read_log("whole")):
         assert row["reward"] == pytest.approx(other["reward"], rel=1e-4)
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_damaged_or_deleted_checkpoint_is_one_line(world):
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--out", "run") == 0
+    checkpoint = Path("run/checkpoint/state.pt")
+    whole = checkpoint.read_bytes()
+    more = [*words, "--train_steps", 6, "--out", "run", "--resume"]
+    for content in (whole[:-1000], whole[:100], b"", b"text"):
+        checkpoint.write_bytes(content)
+        before = files_of("run")
+        assert "state.pt is damaged" in run_script(module, *more)
+        assert files_of("run") == before
+    # The run must not start over: that would empty its log and overwrite its weights.
+    checkpoint.unlink()
+    before = files_of("run")
+    assert "state.pt is missing" in run_script(module, *more)
+    assert files_of("run") == before
+
+
+def test_a_run_whose_samples_were_deleted_goes_on(world):
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--train_steps", 2, "--out", "run") == 0
+    shutil.rmtree("run/samples")
+    assert run_script(module, *words, "--out", "run", "--resume") == 0
+    assert [path.name for path in Path("run/samples").iterdir()] == ["step_000004.png"]
+
+
+@pytest.mark.parametrize(
+    "where, error",
+    [
+        ("common.save_file", SafetensorError("I/O error: No space left on device")),
+        ("torch.save", RuntimeError("unexpected pos 704 vs 598")),
+    ],
+)
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(world, monkeypatch, where, error):
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--out", "whole") == 0
+    assert run_script(module, *words, "--train_steps", 2, "--out", "run") == 0
+
+    def full(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        message = run_script(module, *words, "--out", "run", "--resume")
+    assert "No space left" in message or "Is the disk full?" in message
+    assert "The last checkpoint is intact" in message
+    assert run_script(module, *words, "--out", "run", "--resume") == 0
+    assert kills.result("run") == kills.result("whole")
 
 
 def test_what_changes_the_numbers_is_refused(world):

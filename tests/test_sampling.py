@@ -173,6 +173,8 @@ def test_the_grid_of_timesteps_is_the_papers(world):
     assert scheduler.alphas_cumprod[226].item() == pytest.approx(0.7127, abs=1e-4)
     with pytest.raises(SystemExit, match="euler"):
         make_scheduler(model, "euler", 4)
+    with pytest.raises(KeyError, match="dpm"):
+        make_scheduler(model, "dpm", 4)
 
 
 def test_encode_and_decode_are_the_vaes_own(world):
