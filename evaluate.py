@@ -5,8 +5,8 @@ A folder holds images and a metadata.jsonl with one line per image:
   {"file_name": "00000_00.png", "text": "a red star", "prompt_id": 0, "seed": 0}
 
 "prompt_id" and "seed" are optional. combined_sample.py writes such folders, but the images can come
-from anywhere. They are read as 8-bit RGB, upright as their EXIF tag says; transparency is dropped. A
-colon sets the weights of a metric, for example hps:FILE or mps:FOLDER. Your own metric is
+from anywhere. They are read as 8-bit RGB, upright as their EXIF tag says; transparency is dropped.
+A colon sets the weights of a metric, for example hps:FILE or mps:FOLDER. Your own metric is
 FILE.py:NAME, a function or class as --reward takes it: see rewards.py.
 
 Quality: the mean over prompts of the mean over the images of a prompt

@@ -63,8 +63,8 @@ from run_folder import sum_processes, with_parts
 NAME = "imagerefl"  # names the run folder and the progress bar; change it in a fork
 # From section 5; start and mid are from the code. The paper's 40 "epochs" are 4000 updates if one
 # has 100 updates, as in the code's ReFL. The code's ImageReFL has 20 of 200. lora_rank 0, which is
-# full fine-tuning, and its learning rate are the paper's. Nothing reads PAPER but OURS, the
-# printed settings and the run's page, which show where we depart from it.
+# full fine-tuning, and its learning rate are the paper's. Besides OURS, only the printed settings
+# and the run's page read PAPER. They show where we depart from it.
 PAPER = {
     "sd15": dict(
         train_steps=4000, batch_size=32, resolution=512, lr=3e-4, lora_rank=0,

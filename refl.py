@@ -51,8 +51,8 @@ from run_folder import sum_processes, with_parts
 
 NAME = "refl"  # names the run folder and the progress bar; change it in a fork
 # From ImageReFL's section 5 and its code, where ReFL runs 20 "epochs" of 100 updates. lora_rank 0,
-# which is full fine-tuning, and its learning rate are the paper's. Nothing reads PAPER but OURS, the
-# printed settings and the run's page, which show where we depart from it.
+# which is full fine-tuning, and its learning rate are the paper's. Besides OURS, only the printed
+# settings and the run's page read PAPER. They show where we depart from it.
 PAPER = {
     "sd15": dict(
         train_steps=2000, batch_size=32, resolution=512, lr=3e-4, lora_rank=0,

@@ -194,7 +194,8 @@ def known_reward(spec):
 class WeightedSum:
     """The sum of weight * r', where each part has its own map r' = (r - shift) / scale.
 
-    Each part pulls as hard as it would alone in ReFL's loss, times its weight. The log has the raw r of every part. A weight of 0 only logs it.
+    Each part pulls as hard as it would alone in ReFL's loss, times its weight. The log has
+    the raw r of every part. A weight of 0 only logs it.
 
     rewards, ranges, weights: {name: value}
     """

@@ -92,7 +92,7 @@ def condition(model, prompts):
     embeds = model.embeds
     new_prompts = [prompt for prompt in prompts if prompt not in embeds]
     if new_prompts and not text_encoders(model):
-        raise ValueError(f"the text encoders are freed: pass {new_prompts[0]!r} to encode_once, too")
+        raise ValueError(f"the text encoders are freed: pass {new_prompts[0]!r} to encode_once too")
     if new_prompts:
         embeds = {**encode_prompts(model, new_prompts), **embeds}
     return model.family.condition(model, [embeds[prompt] for prompt in prompts])

@@ -99,7 +99,7 @@ def explain(error):
 
 
 def load_complete(model_class, source, unused=(), **options):
-    """from_pretrained, by default in fp32, frozen and in eval mode; every weight must come from the files.
+    """from_pretrained, frozen, in eval mode, by default in fp32. The files must have every weight.
 
     unused: prefixes of weights that the files may contain for parts that we do not build.
     """

@@ -65,6 +65,16 @@ def test_the_readme_shows_every_script():
     assert "](results/pictures/" in "\n".join(text.splitlines()[:15])
 
 
+def test_no_line_of_code_has_more_than_100_columns():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py"), *ROOT.glob("results/*/*.py")]
+    too_long = []
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if len(line) > 100:
+                too_long.append(f"{file.name}:{number}")
+    assert len(files) > 60 and not too_long
+
+
 @pytest.mark.parametrize("command", commands_of_pages())
 def test_a_command_of_the_pages_parses(command, tmp_path):
     """In a folder with what the command names, as far as the parser looks."""

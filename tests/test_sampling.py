@@ -222,7 +222,7 @@ def test_prompts_are_encoded_once_and_outlive_the_encoders(world, family):
     kept = condition(model, [*PROMPTS, None])
     key = "states" if family == "z_image" else "encoder_hidden_states"
     torch.testing.assert_close(kept[key], on_the_fly[key])
-    with pytest.raises(ValueError, match="pass 'another prompt' to encode_once"):
+    with pytest.raises(ValueError, match="pass 'another prompt' to encode_once too"):
         condition(model, ["another prompt"])
 
     # A list that is too long stays with the encoders, and gives the same.
