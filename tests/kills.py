@@ -125,20 +125,23 @@ def run_in_forks(
         if not ended:
             os.kill(pids[victim], signal.SIGKILL)
 
-    # Wait for the first to end, and then for the others: forever, if it has ended well.
+    # Wait until one has ended, and then for the others. If it was killed, its pipe is empty.
     ended, _, _ = select.select(pipes, [], [])
     counts = {pipe: os.read(pipe, 20) for pipe in ended}
+    was_killed = not all(counts.values())
     for pid, pipe in forks:
-        patience = 0 if together else 10
-        if not all(counts.values()) and pipe not in counts:
-            if not select.select([pipe], [], [], patience)[0]:
+        if pipe in counts:
+            continue
+        if was_killed:
+            noticed, _, _ = select.select([pipe], [], [], 0 if together else 10)
+            if not noticed:
                 os.kill(pid, signal.SIGKILL)
-        if pipe not in counts:
-            counts[pipe] = os.read(pipe, 20)
+        counts[pipe] = os.read(pipe, 20)
+    for pipe in pipes:
         os.close(pipe)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    status = -signal.SIGKILL if -signal.SIGKILL in statuses else max(statuses, key=abs)
     count = counts[pipes[0]]
-    status = -signal.SIGKILL if -signal.SIGKILL in statuses else max(statuses)
     return status, int(count) if count else None
 
 
@@ -221,7 +224,7 @@ def differences(run, whole, exact):
 def survive(module, words, folder, kills, seed, processes=1, resume_with=None):
     """Kills a run in `folder` this often, then finishes it; begins another when one ends early.
 
-    Each run is started by so many processes, and resumed by `resume_with`, or as many.
+    processes: how many start each run. resume_with: how many resume it; by default as many.
     -> (what differs from an undisturbed run, number of kills, those while a checkpoint was saved)
     """
     draw = random.Random(seed)
@@ -236,16 +239,15 @@ def survive(module, words, folder, kills, seed, processes=1, resume_with=None):
     while True:
         out = folder / f"run_{number}"
         has_begun = (out / "config.json").is_file()
+        again = [*words, "--resume"] if has_begun else words
+        count = resume_with if has_begun else processes
         moment = {}
         if done < kills:
             if draw.random() < 0.5:
                 moment = dict(die_at=draw.randint(1, operations))
             else:
-                moment = dict(die_after=draw.random() * seconds, victim=draw.randrange(processes))
+                moment = dict(die_after=draw.random() * seconds, victim=draw.randrange(count))
             moment["together"] = draw.random() < 0.5
-        again = [*words, "--resume"] if has_begun else words
-        count = resume_with if has_begun else processes
-        moment["victim"] = min(moment.get("victim", 0), count - 1)
         status, _ = run_in_forks(module, again, out, count, **moment)
         different.update(half_written(out))
         if status == -signal.SIGKILL:
