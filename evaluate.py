@@ -1128,6 +1128,7 @@ def main(args):
     report(results, folders, shown)
     if args.html and is_main_process():
         write_page(args.html, results, folders, shown)
+        print(f"see {args.html}")
     if args.plot and is_main_process():
         plot(results, args.plot, steps)
     if args.out:

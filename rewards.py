@@ -173,7 +173,8 @@ def split_part(text):
         return RewardPart(name, file=file, weight=weight)
     name, _, path = text.partition(":")
     if name not in REWARDS:
-        sys.exit(f"--reward {name}: no such reward. Choose from {', '.join(REWARDS)}")
+        known = f"{', '.join(REWARDS)}, or your own as FILE.py:NAME"
+        sys.exit(f"--reward {name}: no such reward. Choose from {known}")
     if path and not os.path.exists(path):
         sys.exit(f"--reward {text}: {path} does not exist")
     return RewardPart(name, path or None, weight=weight)
@@ -252,7 +253,7 @@ class OwnReward:
             sys.exit(f"{self.spec} returned the shape {tuple(r.shape)}, but it must be {expected}")
         # Only the methods that train through the reward pass images with a gradient.
         if images.requires_grad and not r.requires_grad:
-            need = "this script trains through it. dfusion_dpo.py does not"
+            need = "only dfusion_dpo.py can train on such a reward"
             sys.exit(f"{self.spec} returned scores without a gradient, but {need}")
         return r
 
