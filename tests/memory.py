@@ -6,7 +6,9 @@ seconds on a CPU. What is counted: the weights of the model and the reward, the 
 and Adam's moments, what autograd saves, and what lives only for a moment.
 
 What is not counted: the CUDA context, the workspaces of cuDNN and cuBLAS, and the gaps that the
-allocator leaves. RESERVE is set aside for these.
+allocator leaves. RESERVE is set aside for these. Nor are the text encoders counted, which a run
+frees unless it has more prompts than the limit of data/prompts.py's encode_once: SDXL's take 1.5 GiB
+in bf16, and stay with COCO's captions. The sampling of held-out images is not counted, either.
 
 A peak grows in a straight line with the images in a batch, so we compute one and two images, and
 continue the line. `python tests/bench.py memory` prints the tables of results/memory.md.
@@ -359,6 +361,7 @@ def recipe(lines, batch_size, card):
 
 def print_recipes(only=None):
     print(f"GiB at the peak, on a GPU. {RESERVE:g} GiB of each card are left free.")
+    print("The text encoders are freed. SDXL with COCO's captions keeps them: add 1.5 GiB.")
     for name, case in cases().items():
         if only not in (None, name):
             continue

@@ -185,16 +185,12 @@ def test_imagerefl_is_compared_with_refl_at_the_same_gradient_steps(capsys, monk
     assert all("toy_pref +1.000 (+0.000 +1.000 +2.000)" in line for line in lines)
 
 
-def test_equal_diversity_is_read_off_the_best_of_several_lines():
-    lines = [
-        [dict(dino_div=0.2, x=3), dict(dino_div=0.1, x=1)],
-        [dict(dino_div=0.15, x=2), dict(dino_div=0.25, x=2.4)],
-    ]
-    assert imagerefl.at_diversity(lines, 0.12, "x") == pytest.approx(1.4)
-    assert imagerefl.at_diversity(lines, 0.15, "x") == pytest.approx(2)
-    assert imagerefl.at_diversity(lines, 0.18, "x") == pytest.approx(2.6)
-    assert imagerefl.at_diversity(lines, 0.225, "x") == pytest.approx(2.3)
-    assert np.isnan(imagerefl.at_diversity(lines, 0.3, "x"))
+def test_equal_diversity_is_read_off_a_line():
+    line = [dict(dino_div=0.2, x=3), dict(dino_div=0.1, x=1), dict(dino_div=0.08, x=5)]
+    assert imagerefl.at_diversity(line, 0.12, "x") == pytest.approx(1.4)
+    assert imagerefl.at_diversity(line, 0.2, "x") == pytest.approx(3)
+    assert imagerefl.at_diversity(line, 0.085, "x") == pytest.approx(4)
+    assert np.isnan(imagerefl.at_diversity(line, 0.3, "x"))
 
 
 class LinearBench:
@@ -232,11 +228,16 @@ def test_methods_are_compared_at_equal_diversity_and_paired_by_seed(capsys):
 
     imagerefl.print_fronts(rows)
     printed = capsys.readouterr().out.split("\n\n")
-    (refl_part, *_, aig_part) = [part for part in printed if "guidance 4, dino_div 0.2\n" in part]
+    parts = [part for part in printed if "guidance 4, dino_div 0.2\n" in part]
+    refl_part, longer_part, aig_part, image_and_aig_part = parts
     # A third of the way from 17 base steps to the base model.
     assert "toy_pref -1.800" in refl_part and "toy_pref -1.800" in aig_part
     assert "toy_correct +0.013 (+0.000 +0.007 +0.013 +0.020 +0.027)" in refl_part
     assert "toy_pref_b -0.300 (-0.300 -0.300 -0.300)" in aig_part
+    # Twice the updates and AIG have three seeds.
+    assert "toy_correct +0.007 (+0.000 +0.007 +0.013)" in longer_part
+    assert "toy_correct +0.307 (+0.300 +0.307 +0.313)" in image_and_aig_part
+    assert "ImageReFL, 30 updates minus ReFL, 30 updates" in printed[0]
     # Each guidance has the base model of its own at the end of the lines.
     (part,) = [part for part in printed if "guidance 2, dino_div 0.23\n" in part]
     # There, AIG has no setting between power 3 and the base model.

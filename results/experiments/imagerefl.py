@@ -7,7 +7,7 @@ Runs     5 runs of ReFL, the first 3 of which are those of the experiment refl, 
          Then 4 images of each of 40 held-out prompts: combined generation from two or three
          snapshots of every run at several switch points; and AIG with two to five powers from
          ReFL's last snapshot. These two are compared with a base guidance of 2, too.
-Prints   the table; and every method's best unseen judge and captions at equal diversity, read off
+Prints   the table; and the methods at equal diversity, after equally many updates, read off
          straight lines between neighboring settings, with differences paired by training seed.
 Draws    trade_off.png, each metric against diversity; and trade_off_images.png, the same prompts
          and noise under every method.
@@ -34,7 +34,7 @@ LOW_GUIDANCE = 2
 POWERS = {4: (1, 1.5, 2, 3, 5), LOW_GUIDANCE: (1, 3)}
 # The base model's guidance: where methods are compared
 DIVERSITIES = {4: (0.195, 0.2, 0.205), LOW_GUIDANCE: (0.225, 0.23)}
-COMPARED = ("toy_pref", "toy_pref_b", "toy_correct")
+COMPARED = ("toy_pref", "toy_pref_b", "toy_correct", "frechet_toy")
 
 
 def imagerefl(out, jobs):
@@ -133,52 +133,56 @@ def aig_line(guidance):
 
 
 def comparisons():
-    """Yields (method, its lines, the other method, its lines, guidance); a line is a list of rows.
+    """Yields (method, its line, the other method, its line, guidance, diversities to compare at).
 
-    ImageReFL is compared with ReFL at equal updates, and then with twice as many. AIG starts from
-    ReFL's last snapshot only, so it is compared with combined generation from there.
+    Methods are compared after equally many updates, and ImageReFL with twice as many, too. AIG
+    starts from ReFL's last snapshot only.
     """
     first, last = SNAPSHOTS["ReFL"]
-    refl_lines = [line_names("ReFL", first), line_names("ReFL", last)]
-    image_lines = [line_names("ImageReFL", first), line_names("ImageReFL", last)]
-    yield "ImageReFL", image_lines, "ReFL", refl_lines, 4
-    yield "ImageReFL, 120", [line_names("ImageReFL", 2 * last)], "ReFL", refl_lines, 4
+    refl = f"ReFL, {last} updates"
+    refl_line = line_names("ReFL", last)
+    early_line = line_names("ReFL", first)
+    for updates in SNAPSHOTS["ImageReFL"]:
+        name = f"ImageReFL, {updates} updates"
+        line = line_names("ImageReFL", updates)
+        if updates == first:
+            # So early, not every run is as little diverse as the other points.
+            yield name, line, f"ReFL, {first} updates", early_line, 4, DIVERSITIES[4][-1:]
+        else:
+            yield name, line, refl, refl_line, 4, DIVERSITIES[4]
     for guidance in POWERS:
-        refl_line = line_names("ReFL", last, guidance)
-        yield "AIG", [aig_line(guidance)], "ReFL, 60", [refl_line], guidance
+        line = line_names("ReFL", last, guidance)
+        yield "AIG", aig_line(guidance), refl, line, guidance, DIVERSITIES[guidance]
+    image_line = line_names("ImageReFL", last)
+    yield f"ImageReFL, {last} updates", image_line, "AIG", aig_line(4), 4, DIVERSITIES[4]
 
 
-def read_off(rows, lines, seed, diversity):
-    """Lines of names -> {metric: its best value at this diversity} with this training seed."""
-    lines_of_metrics = []
-    for line in lines:
-        # The base model is the end of every line, whatever the training seed.
-        ends = [rows[name][seed] for name in line[:-1]] + rows[line[-1]]
-        lines_of_metrics.append(ends)
-    return {metric: at_diversity(lines_of_metrics, diversity, metric) for metric in COMPARED}
+def read_off(rows, line, seed, diversity):
+    """A line of names -> {metric: its value at this diversity with this training seed}."""
+    # The base model is the end of every line, whatever the training seed.
+    settings = [rows[name][seed] for name in line[:-1]] + rows[line[-1]]
+    return {metric: at_diversity(settings, diversity, metric) for metric in COMPARED}
 
 
-def at_diversity(lines, diversity, metric):
-    """The best value of a metric at this diversity, over straight lines between settings."""
-    values = []
-    for line in lines:
-        for left, right in zip(line, line[1:]):
-            low, high = sorted([left["dino_div"], right["dino_div"]])
-            if low <= diversity <= high:
-                ends = sorted([left, right], key=lambda row: row["dino_div"])
-                y = [row[metric] for row in ends]
-                values.append(np.interp(diversity, [low, high], y).item())
-    return max(values, default=float("nan"))
+def at_diversity(line, diversity, metric):
+    """A metric at this diversity, on the straight lines between neighboring settings."""
+    for left, right in zip(line, line[1:]):
+        ends = sorted([left, right], key=lambda row: row["dino_div"])
+        x = [row["dino_div"] for row in ends]
+        y = [row[metric] for row in ends]
+        if x[0] <= diversity <= x[1]:
+            return np.interp(diversity, x, y).item()
+    return float("nan")
 
 
 def print_fronts(rows):
     """Prints the methods at equal diversity, with differences paired by training seed."""
-    for method, lines, other, other_lines, guidance in comparisons():
+    for method, line, other, other_line, guidance, diversities in comparisons():
         # Some rows have five training seeds and some three.
-        seeds = range(len(rows[lines[0][0]]))
-        for diversity in DIVERSITIES[guidance]:
-            own = [read_off(rows, lines, seed, diversity) for seed in seeds]
-            others = [read_off(rows, other_lines, seed, diversity) for seed in seeds]
+        seeds = range(min(len(rows[line[0]]), len(rows[other_line[0]])))
+        for diversity in diversities:
+            own = [read_off(rows, line, seed, diversity) for seed in seeds]
+            others = [read_off(rows, other_line, seed, diversity) for seed in seeds]
             differences = {}
             for metric in COMPARED:
                 differences[metric] = [a[metric] - b[metric] for a, b in zip(own, others)]
