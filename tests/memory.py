@@ -7,13 +7,8 @@ and Adam's moments, what autograd saves, and what lives only for a moment.
 
 What is not counted: the CUDA context, the workspaces of cuDNN and cuBLAS, and the gaps that the
 allocator leaves. RESERVE is set aside for these. Nor are the text encoders counted, which a run
-<<<<<<< HEAD
 frees unless it has too many prompts for encode_once in data/prompts.py: SDXL's take 1.5 GiB in
 bf16, and stay with COCO's captions. The sampling of held-out images is not counted, either.
-=======
-frees unless it has more prompts than the limit of data/prompts.py's encode_once. SDXL's take 1.5
-GiB in bf16, and stay with COCO's captions. The sampling of held-out images is not counted, either.
->>>>>>> 8835ad1b00db39a8d03c517fdb32d8c4d174291e
 
 A peak grows in a straight line with the images in a batch, so we compute one and two images, and
 continue the line. `python tests/bench.py memory` prints the tables of results/memory.md.
