@@ -29,7 +29,7 @@ from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 
 from models import FAMILIES
 from models.hub import find_pipeline, load_text_encoders, split_revision, weight_variant
@@ -142,12 +142,13 @@ class Model:
         for key, tensor in get_peft_model_state_dict(self.denoiser).items():
             tensors[f"{prefix}.{key}"] = tensor.contiguous()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, Path(folder) / LORA_FILE, header)
+        # safetensors' save_file would make files that only their owner can read.
+        (Path(folder) / LORA_FILE).write_bytes(to_safetensors(tensors, header))
         if prefix == "unet":
             # Each layer's alpha in this file is its rank, as in our LoRAs.
             for_comfyui = convert_state_dict_to_kohya(tensors)
             for_comfyui = {key: tensor.half() for key, tensor in for_comfyui.items()}
-            save_file(for_comfyui, Path(folder) / COMFYUI_FILE)
+            (Path(folder) / COMFYUI_FILE).write_bytes(to_safetensors(for_comfyui))
 
 
 def load_model(name, device, resolution=None, full=False):

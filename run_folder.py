@@ -459,7 +459,8 @@ class Run:
             if name not in MAY_DIFFER and value != old.get(name)
         ]
         if changes:
-            sys.exit(f"--resume: these settings differ from the run's: {'; '.join(changes)}")
+            remedy = "Change them back, or choose another --out"
+            sys.exit(f"--resume: settings differ from the run's: {'; '.join(changes)}. {remedy}")
 
     def note_before(self, **values):
         """Adds held-out values of the untrained model to config.json; the log begins after them."""

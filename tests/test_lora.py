@@ -195,8 +195,11 @@ def test_equal_loras_are_equal_bytes(world, tmp_path):
         words = [world.sd, tmp_path / name, ROOT, ROOT / "tests"]
         environment = {**os.environ, "PYTHONHASHSEED": str(ord(name))}
         subprocess.run([sys.executable, "-c", script, *words], env=environment, check=True)
+    (tmp_path / "text").write_text("")
     for file in (LORA_FILE, COMFYUI_FILE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        # Whoever may read other new files may read these.
+        assert (tmp_path / "a" / file).stat().st_mode == (tmp_path / "text").stat().st_mode
 
 
 def test_alpha_and_rank_are_those_of_the_file(world, tmp_path):
