@@ -49,12 +49,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import TOY, base_model, decode_in_parts, denoise, find_lora, generator
-from common import initial_latents, load_lora, load_model, make_scheduler, merged, pick_device
-from common import sample, scheduler_step
+from common import TOY, base_model, decode_in_parts, denoise, generator, initial_latents, load_model
+from common import make_scheduler, merged, pick_device, sample, scheduler_step
 from data.images import open_image, to_tensor
 from data.prompts import condition, encode_once, read_prompts
 from models import MODELS
+from models.lora import find_lora, load_lora
 from run_folder import check_counts, is_main_process, joined_processes, own_part, readable_errors
 from run_folder import save_grid, settings_for, settings_parser, to_pil, wait_for_all
 from run_folder import write_atomically

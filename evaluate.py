@@ -68,7 +68,7 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, ViTModel
 from transformers.utils import logging as transformers_logging
 
-from common import ROOT, TOY, generator, load_lora, load_model, pick_device
+from common import ROOT, TOY, generator, load_model, pick_device
 from data.images import open_image, read_row, to_tensor
 from data.prompts import encode_once, read_prompts
 from judges.clip import PickScore
@@ -77,6 +77,7 @@ from judges.imagereward import ImageReward
 from judges.mps import MPS
 from judges.weights import UNREADABLE, explain, find_file, load_complete
 from models.hub import split_revision
+from models.lora import load_lora
 from pages.make import comparison_page, data_uri, some_of
 from rewards import OwnReward, build_reward, is_own, split_own
 from run_folder import check_counts, gather, generate_batches, is_main_process, joined_processes

@@ -16,10 +16,10 @@ from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import COMFYUI_FILE, LORA_FILE, base_model, decode, denoise, generator
-from common import initial_latents, load_lora, load_model, make_scheduler, make_trainable, merged
-from common import sample
+from common import base_model, decode, denoise, generator, initial_latents, load_model
+from common import make_scheduler, make_trainable, merged, sample
 from data.prompts import condition
+from models.lora import COMFYUI_FILE, LORA_FILE, load_lora
 from run_folder import generate
 
 T = torch.tensor(501)

@@ -186,7 +186,7 @@ def test_a_run_whose_samples_were_deleted_goes_on(world):
     [
         ("pathlib.Path.write_bytes", OSError(errno.ENOSPC, "No space left on device")),
         # What diffusers' save_pretrained raises, with --lora_rank 0.
-        ("common.to_safetensors", SafetensorError("I/O error: No space left on device")),
+        ("models.lora.to_safetensors", SafetensorError("I/O error: No space left on device")),
         ("torch.save", RuntimeError("unexpected pos 704 vs 598")),
     ],
 )

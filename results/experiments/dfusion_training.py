@@ -18,9 +18,10 @@ import json
 
 import torch
 
-from common import ROOT, load_lora, load_model
+from common import ROOT, load_model
 from data.prompts import encode_once
 from data.items import read_items
+from models.lora import load_lora
 from rewards import load_reward
 from run_folder import generate, score
 

@@ -21,10 +21,11 @@ import statistics
 import matplotlib.pyplot as plt
 import torch
 
-from common import TOY, base_model, load_lora, load_model
+from common import TOY, base_model, load_model
 from data.prompts import encode_once
 from data.labels import overlay
 from judges.detector import load_detector
+from models.lora import load_lora
 from run_folder import generate
 from toy import oracle
 from toy.scenes import parse_caption

@@ -20,12 +20,12 @@ import itertools
 import numpy as np
 import torch
 
-from common import TOY, base_model, encode, generator, load_lora, load_model, make_scheduler
-from common import make_trainable
+from common import TOY, base_model, encode, generator, load_model, make_scheduler, make_trainable
 from data.images import image_data
 from data.labels import overlay
 from data.prompts import condition, encode_once, read_prompts
 from diffdoctor import offline_loss
+from models.lora import load_lora
 from run_folder import generate
 from toy.scenes import COLOURS, RELATIONS, SHAPES, parse_caption, render, sample_scene
 

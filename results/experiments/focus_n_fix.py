@@ -23,11 +23,12 @@ import json
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common import TOY, generator, initial_latents, load_lora, load_model, make_scheduler
+from common import TOY, generator, initial_latents, load_model, make_scheduler
 from data.prompts import encode_once, read_prompts
 from focus_n_fix import OURS, THRESHOLD, Region, artifact_reward, base_and_mask, change, focus_loss
 from focus_n_fix import sample_in_two
 from judges.detector import load_detector
+from models.lora import load_lora
 from run_folder import score, to_pil
 from toy import oracle
 

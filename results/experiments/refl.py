@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from combined_sample import sample_mixed, tuned_weight
-from common import base_model, decode, generator, initial_latents, load_lora, load_model
-from common import make_scheduler, merged, sample
+from common import base_model, decode, generator, initial_latents, load_model, make_scheduler
+from common import merged, sample
 from data.prompts import condition, encode_once
 from evaluate import frechet
+from models.lora import load_lora
 from rewards import load_reward
 from run_folder import score
 from toy.scenes import render, sample_scene
