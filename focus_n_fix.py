@@ -12,8 +12,8 @@ hold it to the base model's image wherever that image had no problem.
   r'      = (r(I) - mean) / spread                   of the whole image; mean and spread of r(I0)
   loss    = -(r' - beta * penalty)                   0 for the base model, on average
 
-All sampling is DDIM with eta 0, or Euler for flows. --beta 0 is DRaFT-K (Clark et al. 2024), the
-paper's baseline.
+All sampling is DDIM with eta 0, or Euler for flows. --beta 0 is DRaFT-K (Clark et al. 2024), our
+baseline.
 
   --region heatmap     the confidence map of --detector, where it is above --threshold
   --region saliency    Grad-CAM of -r, for a CLIP-like reward: the places that lower r

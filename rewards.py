@@ -166,7 +166,7 @@ def split_reward(spec):
 
 def split_part(text):
     """ "pick:FOLDER=0.5" -> RewardPart. The number after the last "=" is the weight."""
-    text, weight = re.fullmatch(r"(.*?)(?:=(-?\d*\.?\d+(?:e-?\d+)?))?", text).groups()
+    text, weight = re.fullmatch(r"(.*?)(?:=(-?\d*\.?\d+(?:e[+-]?\d+)?))?", text).groups()
     weight = float(weight or 1)
     if is_own(text):
         file, name = split_own(text)
@@ -196,7 +196,7 @@ class WeightedSum:
     """The sum of weight * r', where each part has its own map r' = (r - shift) / scale.
 
     Each part pulls as hard as it would alone in ReFL's loss, times its weight. The log has
-    the raw r of every part. A weight of 0 only logs it.
+    the raw r of every part. A part with weight 0 is only logged, and needs no gradient.
 
     rewards, ranges, weights: {name: value}
     """
@@ -210,10 +210,12 @@ class WeightedSum:
     def __call__(self, images, prompts):
         total = 0.0
         for name, reward in self.rewards.items():
-            r = reward(images, prompts)
+            weight = self.weights[name]
+            # With a weight of 0 there is nothing to learn from it, so it needs no backward pass.
+            r = reward(images if weight else images.detach(), prompts)
             self.parts[name] = r.detach()
             r_mapped = (r - self.ranges[name].shift) / self.ranges[name].scale
-            total = total + self.weights[name] * r_mapped
+            total = total + weight * r_mapped
         return total
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from data.coco import captions
-from judges.weights import check_tokenizer
+from models.hub import check_tokenizer
 
 
 def read_prompts(path, split="train"):
-    """Return a list of prompts: one per line of a UTF-8 text file, blank lines skipped.
+    """Returns a list of prompts: one per line of a UTF-8 text file, blank lines skipped.
 
-    If path is None, return the captions of a split of COCO, one per image.
+    If path is None, returns the captions of a split of COCO, one per image.
     """
     if path is None:
         return captions(split)
@@ -81,7 +81,7 @@ def encode_once(model, prompts, limit=16e9):
     num_bytes = sum(part.nbytes for parts in some.values() for part in parts)
     if num_bytes * len(unique_prompts) / len(some) > limit:
         return
-    model.embeds.update(encode_prompts(model, unique_prompts))
+    model.embeds.update({**some, **encode_prompts(model, unique_prompts[64:])})
     for name in text_encoders(model):
         model.pipe.register_modules(**{name: None})
     torch.cuda.empty_cache()

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 from transformers import CLIPVisionModelWithProjection
 
 from judges.images import CLIP_MEAN, CLIP_STD, preprocess
-from judges.weights import check_tokenizer, find_beside, judge_dtype, load_complete, read_weights
+from judges.weights import find_beside, judge_dtype, load_complete, read_weights
+from models.hub import check_tokenizer
 
 CLIP_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and MPS are built on it
 CLIP_VIT_L = "openai/clip-vit-large-patch14"  # the aesthetic predictor is built on it
@@ -121,18 +122,7 @@ class Aesthetic:
         unused = ("text_model.", "text_projection.", "logit_scale")
         clip = load_complete(CLIPVisionModelWithProjection, source, unused=unused)
         self.clip = clip.to(device, dtype or judge_dtype(device))
-        # The MLP has no non-linearity. Identity replaces its dropout, which is off in evaluation.
-        layers = torch.nn.Sequential(
-            torch.nn.Linear(768, 1024),
-            torch.nn.Identity(),
-            torch.nn.Linear(1024, 128),
-            torch.nn.Identity(),
-            torch.nn.Linear(128, 64),
-            torch.nn.Identity(),
-            torch.nn.Linear(64, 16),
-            torch.nn.Linear(16, 1),
-        )
-        self.mlp = torch.nn.ModuleDict(dict(layers=layers))
+        self.mlp = torch.nn.ModuleDict(dict(layers=score_layers(768)))
         self.mlp.load_state_dict(read_weights(path))
         self.mlp.to(device).eval().requires_grad_(False)
 
@@ -142,3 +132,20 @@ class Aesthetic:
         )
         features = self.clip(pixels.to(self.clip.dtype)).image_embeds
         return self.mlp["layers"](F.normalize(features.float(), dim=-1))[:, 0]
+
+
+def score_layers(width):
+    """Features (B, width) -> a score (B, 1): the MLP of the aesthetic predictor and ImageReward.
+
+    It has no non-linearity. Identity replaces its dropout, which is off in evaluation.
+    """
+    return torch.nn.Sequential(
+        torch.nn.Linear(width, 1024),
+        torch.nn.Identity(),
+        torch.nn.Linear(1024, 128),
+        torch.nn.Identity(),
+        torch.nn.Linear(128, 64),
+        torch.nn.Identity(),
+        torch.nn.Linear(64, 16),
+        torch.nn.Linear(16, 1),
+    )

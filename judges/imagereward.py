@@ -7,8 +7,10 @@ import torch
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig
 from transformers import BlipVisionModel
 
+from judges.clip import score_layers
 from judges.images import CLIP_MEAN, CLIP_STD, preprocess
-from judges.weights import check_tokenizer, find_beside, judge_dtype, read_weights
+from judges.weights import find_beside, judge_dtype, read_weights
+from models.hub import check_tokenizer
 
 BLIP_NAMES = (  # names in ImageReward.pt -> names in transformers
     (r"^blip\.visual_encoder\.", "vision."),
@@ -65,17 +67,7 @@ def build_blip_scorer(state):
         intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]),
     )
     with torch.device("meta"):
-        # The MLP has no non-linearity. Identity replaces its dropout, which is off in evaluation.
-        mlp = torch.nn.Sequential(
-            torch.nn.Linear(hidden_size, 1024),
-            torch.nn.Identity(),
-            torch.nn.Linear(1024, 128),
-            torch.nn.Identity(),
-            torch.nn.Linear(128, 64),
-            torch.nn.Identity(),
-            torch.nn.Linear(64, 16),
-            torch.nn.Linear(16, 1),
-        )
+        mlp = score_layers(hidden_size)
         vision = BlipVisionModel(vision_config)
         text = BlipTextModel(text_config, add_pooling_layer=False)
         net = torch.nn.ModuleDict(dict(vision=vision, text=text, mlp=mlp))

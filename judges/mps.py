@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from judges.clip import CLIP_VIT_H
 from judges.images import CLIP_MEAN, CLIP_STD, preprocess
-from judges.weights import check_tokenizer, find_beside, judge_dtype, load_complete, read_weights
+from judges.weights import find_beside, judge_dtype, load_complete, read_weights
+from models.hub import check_tokenizer
 
 
 class MPS:

@@ -43,18 +43,6 @@ def find_beside(filename, folder, repo):
     return folder if os.path.isfile(f"{folder}/{filename}") else repo
 
 
-def check_tokenizer(tokenizer, vocab_size, source):
-    """Raises ValueError if the vocabulary is missing: transformers would read all words as unknown.
-
-    A tokenizer may have somewhat fewer tokens than the text encoder has embeddings, as BLIP's does.
-    """
-    if not 0.9 * vocab_size <= len(tokenizer) <= vocab_size:
-        raise ValueError(
-            f"the tokenizer of {source} has {len(tokenizer)} tokens, but its model {vocab_size}. "
-            "Is tokenizer.json, vocab.json or vocab.txt missing?"
-        )
-
-
 def read_weights(path):
     """A .safetensors file, or a torch checkpoint of plain tensors -> {name: tensor}."""
     check_weights_file(path)

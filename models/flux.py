@@ -11,7 +11,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 PIPELINES = (FluxPipeline,)
 DENOISER = "transformer"
 IS_FLOW = True
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention projections of the image
+# The attention projections, but for the text's own in the double blocks.
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def settings_row(config):

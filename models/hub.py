@@ -72,3 +72,15 @@ def load_text_encoders(repo, index, dtype, options):
         if report["missing_keys"]:
             raise ValueError(f"the weights of its {name} lack {min(report['missing_keys'])}")
     return encoders
+
+
+def check_tokenizer(tokenizer, vocab_size, source):
+    """Raises ValueError if the vocabulary is missing: transformers would read all words as unknown.
+
+    A tokenizer may have somewhat fewer tokens than the text encoder has embeddings, as BLIP's does.
+    """
+    if not 0.9 * vocab_size <= len(tokenizer) <= vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, but its model {vocab_size}. "
+            "Is tokenizer.json, vocab.json or vocab.txt missing?"
+        )

@@ -68,12 +68,15 @@ def plot(name, lines, skipped, width, height):
     low = min(y for _, y in points)
     high = max(y for _, y in points)
     margin = 0.05 * (high - low) or 0.5 * abs(high) or 1.0
-    low, high = low - margin, high + margin
+    low -= margin
+    high += margin
     first = min(x for x, _ in points)
     last = max(max(x for x, _ in points), first + 1)
     values = [f"{y:.6g}" for y in ticks(low, high)]
     left = 12 + 8 * max(len(value) for value in values)
-    right, top, bottom = width - 10, 10, height - 34
+    right = width - 10
+    top = 10
+    bottom = height - 34
 
     def place(x, y):
         across = left + (right - left) * (x - first) / (last - first)
@@ -197,11 +200,13 @@ def curves(rows, before):
     names = sorted(plots, key=lambda name: name != "reward")
     parts = []
     for i, name in enumerate(names):
-        width, height = (560, 300) if i == 0 else (260, 170)
+        is_large = i == 0
+        width = 560 if is_large else 260
+        height = 300 if is_large else 170
         legend = ""
         if "held-out" in plots[name]:
             legend = " ".join(f'<i class="{kind}">{kind}</i>' for kind in sorted(plots[name]))
-        size = ' class="large"' if i == 0 else ""
+        size = ' class="large"' if is_large else ""
         svg = plot(name, plots[name], skipped, width, height)
         parts.append(f"<div{size}><h3>{escape(name)} {legend}</h3>\n{svg}</div>\n")
     note = ""
@@ -242,7 +247,8 @@ def read_picture(path, modified):
             return None
         grid = json.loads(picture.info["grid"])
         picture = picture.convert("RGB")
-    columns, labels = grid["columns"], grid["labels"]
+    columns = grid["columns"]
+    labels = grid["labels"]
     num_rows = math.ceil(len(grid["captions"]) * len(labels) / columns)
     width = picture.width // columns
     height = picture.height // num_rows
@@ -251,7 +257,8 @@ def read_picture(path, modified):
         cells = []
         for k, label in enumerate(labels):
             row, column = divmod(i * len(labels) + k, columns)
-            x, y = column * width, row * height
+            x = column * width
+            y = row * height
             cell = picture.crop((x, y, x + width, y + height))
             cells.append((*data_uri(cell), label))
         figures.append((cells, caption))

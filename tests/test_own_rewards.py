@@ -89,6 +89,7 @@ def test_parts_of_a_spec(mine):
         ("hps", RewardPart("hps")),
         ("hps=1,pick=0.05", RewardPart("hps"), RewardPart("pick", weight=0.05)),
         ("hps, pick=-2e-3", RewardPart("hps"), RewardPart("pick", weight=-0.002)),
+        ("pick=1e+2", RewardPart("pick", weight=100.0)),
         ("hps:run=3=.5", RewardPart("hps", "run=3", weight=0.5)),
         ("aesthetic:sac+logos-l14.pth", RewardPart("aesthetic", "sac+logos-l14.pth")),
         ("my_rewards.py:warmth=3", RewardPart("warmth", file="my_rewards.py", weight=3.0)),
@@ -227,6 +228,16 @@ def test_a_weight_of_zero_only_watches(world):
         assert "reward_toy_clip" in other and "reward_toy_pref" not in row
     for key, weight in read_weights_of_run("alone").items():
         torch.testing.assert_close(read_weights_of_run("watched")[key], weight, rtol=0, atol=1e-4)
+
+
+def test_a_watched_reward_needs_no_gradient(world, mine):
+    """The size of the JPEG file, which has none, beside a run that trains through toy_pref."""
+    module, words = training_commands(world)["refl"]
+    spec = "toy_pref,my_rewards.py:compressibility=0"
+    assert run_script(module, *words, "--reward", spec, "--out", "run") == 0
+    for row in read_log("run"):
+        assert row["reward_compressibility"] < 0
+        assert row["grad_norm"] > 0
 
 
 def test_a_run_on_your_own_reward_is_resumed(world, mine, capsys):
