@@ -367,7 +367,6 @@ def print_sampling(args):
 
 
 def main(args):
-    print_sampling(args)
     prompts = read_prompts(args.prompts)
     full_weights = None
     if args.lora:
@@ -375,6 +374,7 @@ def main(args):
     if args.lora and full_weights is None:
         # This exits if there is no LoRA. Even in mode base, a mistyped path is an error.
         find_lora(args.lora)
+    print_sampling(args)
 
     model = load_model(args.model, pick_device(args.device), args.resolution)
     if args.mode != "base" and full_weights:

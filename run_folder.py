@@ -1,6 +1,6 @@
 """The plumbing around a run: its settings, log, sample pictures and exact resume. No method here.
 
-  config.json                 every setting, the model's exact source, and the sampler
+  config.json                 the method, every setting, the model's exact source, and the sampler
   log.jsonl                   one line per update
   samples/step_000060.png     held-out prompts at fixed seeds, to flip through
   index.html                  all of this in one page: open it in a browser
@@ -421,7 +421,7 @@ class Run:
     """A run folder, as described at the top of this file."""
 
     def __init__(self, args, model_source, sampler, method="", paper=None):
-        """method: its name for the page. paper: the table PAPER of the script."""
+        """method: its name, as in "refl". paper: the table PAPER of the script."""
         self.args = args
         self.sampler = sampler
         self.method = method
@@ -432,7 +432,10 @@ class Run:
         self.start = 0  # the updates that are already done
         self.skipped = []  # the updates that were skipped
 
-        self.config = {k: v for k, v in vars(args).items() if k not in NOT_SAVED}
+        self.config = {"method": method}
+        for name, value in vars(args).items():
+            if name not in NOT_SAVED:
+                self.config[name] = value
         self.config.update(model_source=model_source, sampler=sampler)
         # A round trip through JSON turns tuples into lists, so that old and new can be compared.
         self.config = json.loads(json.dumps(self.config))

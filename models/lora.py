@@ -5,6 +5,7 @@
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
+
+# Of a LoRA that does not fit, diffusers prints every tensor. We stop with a line of our own.
+logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui.safetensors"
@@ -48,6 +52,8 @@ def save_lora(model, folder):
 def find_lora(path):
     """A run folder, a LoRA folder or a .safetensors file -> the file."""
     path = Path(path)
+    if not path.exists():
+        sys.exit(f"{path}: there is no such file or folder")
     for candidate in (path, path / LORA_FILE, path / "lora" / LORA_FILE):
         if candidate.is_file() and candidate.suffix == ".safetensors":
             return candidate

@@ -216,14 +216,14 @@ def curves(rows, before):
 
 
 def settings_table(config, paper):
-    """Every setting of config.json, with the paper's value if there is one. paper: see run_page."""
+    """The settings of config.json, with the paper's value if there is one. paper: see run_page."""
     known = paper or {}
     rows = []
     marked = []
     for name, value in config.items():
         if name == "sampler":
             value = ", ".join(f"{key} {part}" for key, part in value.items())
-        if name != "before":
+        if name not in ("method", "before"):
             if known.get(name) not in (None, value):
                 marked.append((len(rows), 1))
             rows.append([name, str(value), str(known.get(name, ""))])

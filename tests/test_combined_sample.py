@@ -184,7 +184,7 @@ def test_refusals(world, run, capsys):
         ([*lora, "--mode", "aig", "--base_steps", 2], "--base_steps is for --mode combined"),
         ([*lora, "--mode", "tuned", "--aig_power", 2], "--aig_power is for --mode aig"),
         ([*lora, "--out", world.images], "not an empty folder"),
-        (["--mode", "base", "--lora", "nowhere"], "nowhere: no LoRA here"),
+        (["--mode", "base", "--lora", "nowhere"], "nowhere: there is no such file or folder"),
         ([*lora, "--model", world.flux], "LoRA"),
         (["--mode", "base", "--num_images", 0], "--num_images 0: it must be 1 or more"),
     ):

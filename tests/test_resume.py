@@ -222,6 +222,17 @@ def test_what_changes_the_numbers_is_refused(world):
     assert kills.result("run") == before
 
 
+def test_a_run_of_another_script_is_not_resumed(world, monkeypatch):
+    """Even if all settings are the same, as in a fork."""
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--out", "run") == 0
+    before = kills.result("run")
+    monkeypatch.setattr(module, "NAME", "fork")
+    message = run_script(module, *words, "--out", "run", "--resume")
+    assert "method was 'refl' and is 'fork'" in message
+    assert kills.result("run") == before
+
+
 # --------------------------------------------------------------------------------------------------
 # NaN and Inf
 
