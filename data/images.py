@@ -23,8 +23,8 @@ def to_tensor(image):
     return pil_to_tensor(image) / 255
 
 
-def open_image(path, mode="RGB"):
-    """Reads an image file -> PIL image in this mode, turned upright as its EXIF tag says.
+def open_image(path):
+    """Reads an image file -> PIL RGB image, turned upright as its EXIF tag says.
 
     Transparency is dropped: every pixel keeps the color stored in the file, also where it is fully
     transparent. Raises an OSError that names the file if it is not an image, or has more than 8
@@ -34,7 +34,7 @@ def open_image(path, mode="RGB"):
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits per channel; save it with 8")
-            return ImageOps.exif_transpose(image).convert(mode)
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: not a readable image ({error})") from error
 

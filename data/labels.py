@@ -94,15 +94,21 @@ def parse_args(argv=None):
 # Reading
 
 
-def read_image(path, mode, size=None):
-    """Reads an image file as "RGB" or "L" (gray) -> (3 or 1, H, W) in [0, 1].
+def read_image(path, size=None):
+    """Reads an image file -> (3, H, W) in [0, 1]; a gray one has three equal channels.
 
     size: squash the image to size x size pixels, as a detector sees it.
     """
-    image = open_image(path, mode)
+    image = open_image(path)
     if size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return to_tensor(image)
+
+
+def check_gray(pixels, path):
+    """Raises OSError if the map (3, H, W) at this path has colors: red is not 0.3 wrong."""
+    if (pixels.amax(0) - pixels.amin(0)).max() > MAX_COLOR:
+        raise OSError(f"{path} has colors; a map is gray, and white where something is wrong")
 
 
 class Labelled(Dataset):
@@ -121,10 +127,12 @@ class Labelled(Dataset):
 
     def __getitem__(self, i):
         row = self.rows[i]
-        image = read_image(row["image"], "RGB", self.size)
+        image = read_image(row["image"], self.size)
         label = torch.zeros(1, self.size, self.size)
         if row.get("map"):
-            label = read_image(row["map"], "L", self.size)
+            pixels = read_image(row["map"], self.size)
+            check_gray(pixels, row["map"])
+            label = pixels[:1]
         return image, label, i
 
 
@@ -269,7 +277,7 @@ def write_labelled(out, found, source):
 
     rows = []
     for found_row, confidence in found:
-        image = read_image(found_row["image"], "RGB")
+        image = read_image(found_row["image"])
         name = content_name(found_row["image"])
         large_map = F.interpolate(confidence[None, None], image.shape[1:], mode="bilinear")[0]
         to_pil(image).save(out / "images" / name)
@@ -371,14 +379,13 @@ def read_edited_map(row):
     path = row["map"]
     if not path.is_file():
         raise OSError(f"{path} is missing; delete the image, too, to leave it out")
-    pixels = read_image(path, "RGB")
+    pixels = read_image(path)
     height, width = pixels.shape[1:]
-    image_height, image_width = read_image(row["image"], "RGB").shape[1:]
+    image_height, image_width = read_image(row["image"]).shape[1:]
     if (height, width) != (image_height, image_width):
         image_size = f"its image has {image_width} x {image_height}"
         raise OSError(f"{path} has {width} x {height} pixels, but {image_size}")
-    if (pixels.amax(0) - pixels.amin(0)).max() > MAX_COLOR:
-        raise OSError(f"{path} has colors; a map is gray, and white where something is wrong")
+    check_gray(pixels, path)
     return pixels
 
 

@@ -216,7 +216,7 @@ def test_image_folder_and_batches(tmp_path):
     assert data[0][0][:, 0].min() > 0.9 and data[0][0][:, -1].max() < 0.1
     # The labeling loop and evaluate.py see the same image.
     ((images, _),) = read_batches(tmp_path, [dict(file_name="0.png")], 1)
-    for image in (images[0], read_image(tmp_path / "0.png", "RGB")):
+    for image in (images[0], read_image(tmp_path / "0.png")):
         assert image[:, 0].min() > 0.9 and image[:, -1].max() < 0.1
 
 

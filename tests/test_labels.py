@@ -203,14 +203,21 @@ def test_bad_labels_are_refused_and_nothing_is_written(map_image, changes, words
     assert not Path("labeled").exists()
 
 
+def test_training_refuses_a_map_with_colors():
+    write_one_label(Image.new("RGB", (8, 8), (255, 0, 0)))
+    data = labels.Labelled(labels.read_meta("bad"), 8)
+    with pytest.raises(OSError, match="a.png has colors"):
+        data[0]
+
+
 def test_read_image_refuses_what_it_would_clip():
     for mode in ("I;16", "I", "F"):
         Image.new(mode, (8, 8)).save("deep.tiff")
         with pytest.raises(OSError, match="deep.tiff: .*more than 8 bits per channel"):
-            labels.read_image("deep.tiff", "RGB")
+            labels.read_image("deep.tiff")
     Path("text.png").write_text("no image")
     with pytest.raises(OSError, match="text.png: not a readable image"):
-        labels.read_image("text.png", "L")
+        labels.read_image("text.png")
 
 
 def test_it_runs_as_a_script_from_any_folder():
