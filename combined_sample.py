@@ -17,11 +17,11 @@ At step i of T, the tuned model has the weight w(i):
 The paper's base_steps, for T = 40: 10 (SD 1.5) and 20 (SDXL) for a model tuned with ReFL, 30 and 35
 for one tuned with ImageReFL. aig runs both models in every step but the first. The larger its
 power, the longer the base model leads. ImageReFL compares with power 1, at which AIG is about as
-diverse as ImageReFL, and AIG's code tries 1 to 5.
+diverse as ImageReFL, and its code tries 1 to 5.
 
 Differences from the papers' code:
-1. AIG's code runs the base model without guidance, which by itself makes it worse. Here the base
-   model has --base_guidance_scale; 1 matches AIG's code.
+1. In AIG, ImageReFL's code runs the base model without guidance, which by itself makes it worse.
+   Here the base model has --base_guidance_scale; 1 matches that code.
 2. With a LoRA, base and tuned model are one network with the LoRA off and on. A full fine-tune
    needs two denoisers in memory, which the paper names as its limitation.
 3. SDXL's unconditional embedding is zeros, as in diffusers. ImageReFL's code encodes "".

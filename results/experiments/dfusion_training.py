@@ -9,7 +9,8 @@ Runs     first 6 of dfusion_dpo.py to compare DPO's learning rates on training p
          40 unseen prompts after 12 and 16 updates, and of the base model, with new image seeds.
 Prints   what the learning rates score in their last two rounds; a table of the change from the
          base model; and fused minus naive for each seed, at equal images and at equal passes.
-Draws    dfusion_training.png: three metrics over the images through the U-Net, a line per run.
+Draws    dfusion_training.png: three metrics over the images through the U-Net, a line per run
+         of DPO at 1e-3 and of DDPO.
          dfusion_samples.png: unseen prompts before, and after naive and fused DPO.
 Took     about 2 minutes per run on a CPU core.
 """

@@ -7,8 +7,9 @@ Runs     5 runs of ReFL, the first 3 of which are those of the experiment refl, 
          Then 4 images of each of 40 held-out prompts: combined generation from two or three
          snapshots of every run at several switch points; and AIG with two to five powers from
          ReFL's last snapshot. These two are compared with a base guidance of 2, too.
-Prints   the table; and the methods at equal diversity, after equally many updates, read off
-         straight lines between neighboring settings, with differences paired by training seed.
+Prints   the table; and the methods at equal diversity, after as many updates and after twice as
+         many, read off straight lines between neighboring settings, with differences paired by
+         training seed.
 Draws    trade_off.png, each metric against diversity; and trade_off_images.png, the same prompts
          and noise under every method.
 Took     about three quarters of an hour of CPU time, with the runs of the experiment refl.
