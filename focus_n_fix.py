@@ -29,7 +29,7 @@ and the LoRA rank of 64 are second-hand, from other people's summaries. These ch
 2. If nothing is wrong, the mask is empty and the whole image is held. Such pairs still train, and
    the log counts them as "empty". If everything is wrong, there is nothing to hold.
 3. Pairs (prompt, x_T) come in turn from a finite --pool. We make their I0 and M once, before
-   training, and keep them in memory: about 3 MiB per pair at 512 pixels. --pool 0 draws new pairs
+   training, and keep them in memory: about 4 MiB per pair at 512 pixels. --pool 0 draws new pairs
    for every update, so it samples twice.
 4. The spread is the standard deviation of r over the base model's images of the first 64 pairs. So
    beta means the same for every reward: how many standard deviations a change of 1 costs.

@@ -4,7 +4,7 @@
   diffdoctor_treatment.py    22 runs that treat toy and toy-flux with toy/detector
 
 Prints   the tables of the two, in this order. The case of section 4.3 is in dreambooth.py.
-Took     one to six minutes per run on two CPU cores.
+Took     one to seven minutes per run on two CPU cores.
 """
 
 from .diffdoctor_detector import measure_detectors

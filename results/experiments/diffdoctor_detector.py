@@ -8,9 +8,9 @@ Runs     for seeds 0 to 2, three detectors, each from scratch with 1,000 updates
          1,500 labeled images; 800 photographs (clean renders); and up to 400 stars that the second
          detector found hard among 2,400 images. The whole labeling loop runs through
          data/labels.py. 400 images are for testing.
-         Then, on the labels of the first seed, detectors with 500 updates: with true labels alone,
-         and with pseudo labels for the rest of the 2,400 images added. The teacher is
-         toy/detector, which is better than ours. Every update has the same true labels.
+         Then, for seeds 0 and 1 and on the labels of the first seed, detectors with 500 updates:
+         with true labels alone, and with pseudo labels for the rest of the 2,400 images added. The
+         teacher is toy/detector, which is better than ours. Both see the same true labels.
 Prints   which categories the detectors find abnormal; and tables of the metrics on test images,
          and of the mean confidence on test images without a mistake, stars and others. In percent.
 Took     two to seven minutes per detector on two CPU cores.

@@ -7,10 +7,10 @@ detector, and the region its heat map. A method may go further than another in t
 updates, so we compare them at equal reward.
 
 Runs     27 of focus_n_fix.py, in which no training pair repeats: 5 methods x seeds 0 to 2, each 60
-         updates of 4 images with a snapshot every 15; and the toy's default with two other learning
+         updates of 4 images with a snapshot every 15; and the base prefix with two other learning
          rates and two other betas. The choice among these is made on 40 training prompts. Then an
          image of each of 40 held-out prompts from the base model and from every snapshot.
-Prints   the tables of the choice; a table where the reward first reaches what all methods reach,
+Prints   the table of the choice; a table where the reward first reaches what all methods reach,
          interpolated linearly between snapshots, on training pairs and on held-out ones; and both
          after the last update.
 Draws    focus_n_fix_curves.png, the change outside as the reward rises; and focus_n_fix.png,

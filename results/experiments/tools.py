@@ -1,11 +1,10 @@
 """What the experiments share: runs of the scripts, judges, tables and pictures.
 
-Every experiment has a folder `out` of its own, with
+Every experiment has a folder `out` of its own, with its runs and, among other files,
 
   logs/        what the scripts printed
-  images/      folders of images, one per row of a table
-  metrics/     what evaluate.py says of them
-  table.md     the table, and beside it table.json with a value per training seed
+  table.md     the table; some have several, under other names. write_table adds a file .json with
+               the values of each training seed
 
 and draws its pictures into PICTURES. What exists is not made again, so an interrupted
 experiment resumes where it stopped.

@@ -1,6 +1,6 @@
 """Can Focus-N-Fix remove an unwanted concept and leave the rest of the image alone?
 
-The paper's other kind of problem, beside artifacts. The unwanted concept is a red circle, which
+The paper's other kind of problem, besides artifacts. The unwanted concept is a red circle, which
 should become a blue one: r = cos(image, "a blue circle") - cos(image, "a red circle"), by toy_clip.
 The region is Grad-CAM of -r. All settings but these are those of focus_n_fix.py.
 
