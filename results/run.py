@@ -8,7 +8,7 @@ experiments/NAME.py says what question NAME asks, what it runs, and how long tha
   $ OMP_NUM_THREADS=1 python results/run.py flows --jobs 2          # both on toy-flux, 9 short runs
   $ OMP_NUM_THREADS=1 python results/run.py focus_n_fix --jobs 2    # 27 short runs
   $ OMP_NUM_THREADS=1 python results/run.py unwanted_concept --jobs 2    # 7 more of its runs
-  $ OMP_NUM_THREADS=1 python results/run.py dfusion --jobs 2        # pairs, gradients, 25 runs
+  $ OMP_NUM_THREADS=1 python results/run.py dfusion --jobs 2        # pairs, gradients, 29 runs
   $ OMP_NUM_THREADS=1 python results/run.py diffdoctor              # 13 detectors, 22 treatments
   $ OMP_NUM_THREADS=1 python results/run.py dreambooth              # 2 LoRAs, each treated
 
