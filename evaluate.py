@@ -10,8 +10,8 @@ A colon sets the weights of a metric, for example hps:FILE or mps:FOLDER. Your o
 FILE.py:NAME, a function or class as --reward takes it: see rewards.py.
 
 Quality: the mean over prompts of the mean over the images of a prompt
-  hps pick clip clip_h    HPSv2.1, PickScore, and CLIPScore of ViT-B/32 and ViT-H/14. Papers report
-                          the cosines (all but PickScore) times 100; we do not
+  hps pick clip clip_h    HPSv2.1, PickScore, and CLIPScore of ViT-B/32 and ViT-H/14. All but
+                          PickScore are cosines; ImageReFL's tables show them times 100
   imagereward             ImageReward; imagereward_raw is the same without its normalization
   aesthetic               LAION's aesthetic predictor, which ignores the prompt, from 1 to 10
   mps                     MPS, condition "overall", with the threshold 0.01 for text tokens, as in

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PICTURE = Path(__file__).resolve().parents[1] / "pictures" / "front_page.png"
 SIDE = 128  # pixels of an image in samples/
-CELLS = (0, 3, 6, 8, 11, 13, 19, 26)  # of the grid of 8 columns: one per kind of prompt
+CELLS = (0, 3, 6, 8, 11, 13, 19, 26)  # of the grid of 8 columns: eight different prompts
 LABEL_WIDTH = 150
 
 
