@@ -28,9 +28,9 @@ Differences from the papers' code:
 
 --lora takes a run folder, a snapshot in it such as RUN/lora/step_000060, or any LoRA that diffusers
 can load. Images of a run are made as the run made its own: model, scheduler, steps, guidance,
-resolution and prompts come from its config.json, unless a flag says otherwise. The noise depends
-only on the seed, the prompt's index and the image's index. So images of different modes, runs and
-batch sizes can be compared one by one.
+resolution and held-out prompts are its own, unless a flag says otherwise. The noise depends only on
+the seed, the prompt's index and the image's index. So images of different modes, runs and batch
+sizes can be compared one by one.
 
 --out gets 00000_00.png (prompt, image) and so on, grid.png, and finally metadata.jsonl, with one
 line per image: {"file_name", "text", "prompt_id", "seed"}. If there are several --base_steps,
@@ -325,8 +325,13 @@ def read_run(path):
             continue
         config = json.loads((folder / "config.json").read_text())
         # A model's folder also has a config.json, but it does not contain a sampler.
-        if "sampler" in config:
-            return config
+        if "sampler" not in config:
+            continue
+        # Without --test_prompts, some scripts choose them and keep them here.
+        chosen_prompts = folder / "test_prompts.txt"
+        if config.get("test_prompts") is None and chosen_prompts.is_file():
+            config["test_prompts"] = str(chosen_prompts)
+        return config
     return {}
 
 

@@ -374,10 +374,14 @@ def make_trainable(model, lora_rank, seed=0, checkpointing=False, compile=False,
 def base_model(model):
     """Inside this context the denoiser is the exact base model: no adapters, or its own network.
 
-    Do not leave the context between a checkpointed forward pass and its backward pass.
+    Do not leave the context between a checkpointed forward pass and its backward pass. A script
+    that trains all weights (--lora_rank 0) has overwritten its base model, so this is an error.
     """
     tuned = model.denoiser
     has_lora = hasattr(tuned, "peft_config")
+    is_overwritten = any(p.requires_grad for p in tuned.parameters())
+    if is_overwritten and not has_lora and model.full_base is None:
+        raise ValueError("there is no base model anymore: --lora_rank 0 trains its own weights")
     try:
         if has_lora:
             tuned.disable_adapters()

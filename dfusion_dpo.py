@@ -29,9 +29,11 @@ Then inner_epochs updates of theta, each on all pairs at their trained steps:
 p is the plain guided model, even for steps that were fused. In a round's first update theta still
 equals theta_old, so log_ratio is 0. We keep its log p_theta as log p_theta_old for the others.
 log p is averaged over the latent elements, as in DDPO's and D3PO's code, so log ratios and margins
-are small: about 1e-3. A beta that is meant for summed log-probabilities must be multiplied by the
-number of elements, C h w. As long as beta * margin is small against 1, beta only scales the loss,
-and Adam does not see that scale. So here beta has no effect until it comes near 1,000.
+are small: about 1e-4 on the toy world. A beta that is meant for summed log-probabilities must be
+multiplied by the number of elements, C h w. As long as beta * margin is small against 1, beta only
+scales the loss, and Adam does not see that scale. So beta has no effect here until it comes near
+10,000. Where the margin is 0, any other loss on it has the same gradient, too, up to a factor: a
+fork with such a loss needs more inner_epochs than 2 to differ much.
 
 The loss stays near ln 2 (dpo) or 0 (ddpo, dpok) however well the model learns, and `reward` varies
 with the prompts of each round. So watch the held-out `test_reward`, and compare `reward` between
@@ -901,6 +903,8 @@ def pair_loss(args, model, scheduler, pairs, p, i, log_prob_old=None):
         kl = normal_kl(mu, mu_pretrained, sigma)
         loss = dpok_loss(log_ratio, advantage, CLIP_RANGE, kl, args.kl_weight)
         kl = kl.detach()
+    else:
+        raise ValueError(f"--algo {args.algo} has no loss")
     return loss, log_prob.detach(), log_ratio.detach(), kl
 
 

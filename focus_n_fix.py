@@ -95,7 +95,7 @@ OURS = {  # ours, except for these two values
     "toy": dict(
         grad_steps=2, prefix="base", lora_rank=16, train_steps=60, batch_size=8, micro_batch=8,
         resolution=64, lr=1e-3, num_inference_steps=10, guidance_scale=4.0, beta=15.0, dilate=3,
-        pool=128,
+        pool=128, save_every=20,
         prompts=f"{TOY}/prompts_train.txt", test_prompts=f"{TOY}/prompts_test.txt",
     ),
 }

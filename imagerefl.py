@@ -108,13 +108,13 @@ OURS = {
     "toy": dict(
         train_steps=30, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
         num_inference_steps=20, start=15, first_mid=15, last_mid=19, reward_scale=1e-3,
-        diffusion_weight=1e-5, refl_every=4,
+        diffusion_weight=1e-5, refl_every=4, save_every=10,
         reward="toy_pref", data=f"{TOY}/images", test_prompts=f"{TOY}/prompts_test.txt",
     ),
     "toy-flux": dict(  # starts at sigma .4
         train_steps=40, batch_size=8, resolution=64, lr=3e-4, lora_rank=8,
         num_inference_steps=5, start=3, first_mid=3, last_mid=4, reward_scale=1e-3,
-        diffusion_weight=1e-5, refl_every=4,
+        diffusion_weight=1e-5, refl_every=4, save_every=10,
         reward="toy_pref", data=f"{TOY}/images", test_prompts=f"{TOY}/prompts_test.txt",
     ),
 }

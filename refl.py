@@ -13,8 +13,8 @@ raise the reward of that image.
 
 We sample with ancestral DDPM steps and no guidance, both during and after training. Flows take
 Euler steps instead, with x0 = x_t - sigma v, and FLUX.1-dev gets a guidance scale of 1. The last
-DDPM timestep is 1, where the image hardly changes anymore, so the gradient there is small: compare
-mid and grad_norm in the log.
+DDPM timestep is 1, where the image hardly changes anymore, so the reward's gradient there is small:
+compare mid and grad_norm in the log.
 
 Differences from ImageReFL's code (we follow its version of ReFL and its settings):
 1. We draw mid once per update, not once per micro-batch, so the whole batch goes through the steps
@@ -92,7 +92,7 @@ OURS = {
     ),
     "toy": dict(
         train_steps=30, batch_size=8, resolution=64, lr=1e-3, lora_rank=8,
-        num_inference_steps=20, first_mid=15, last_mid=19, reward_scale=1e-3,
+        num_inference_steps=20, first_mid=15, last_mid=19, reward_scale=1e-3, save_every=10,
         reward="toy_pref", prompts=f"{TOY}/prompts_train.txt",
         test_prompts=f"{TOY}/prompts_test.txt",
     ),
@@ -100,7 +100,7 @@ OURS = {
     # the last two: see results/refl.md.
     "toy-flux": dict(
         train_steps=40, batch_size=8, resolution=64, lr=3e-4, lora_rank=8,
-        num_inference_steps=5, first_mid=0, last_mid=2, reward_scale=1e-3,
+        num_inference_steps=5, first_mid=0, last_mid=2, reward_scale=1e-3, save_every=10,
         reward="toy_pref", prompts=f"{TOY}/prompts_train.txt",
         test_prompts=f"{TOY}/prompts_test.txt",
     ),

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
@@ -318,11 +319,12 @@ def generate_batches(
         cond = condition(model, [prompts[i] for i, _ in batch])
         uncond = condition(model, [None] * len(batch))
         num_steps = len(scheduler.timesteps)
-        with base_model(model):
-            latents = sample(
-                model, scheduler, latents, cond, 0, base_steps, generators,
-                guidance_scale, uncond, sampler["eta"],
-            )
+        if base_steps:
+            with base_model(model):
+                latents = sample(
+                    model, scheduler, latents, cond, 0, base_steps, generators,
+                    guidance_scale, uncond, sampler["eta"],
+                )
         with merged(model):
             latents = sample(
                 model, scheduler, latents, cond, base_steps, num_steps, generators,
@@ -417,6 +419,21 @@ def write_atomically(path, text):
     temporary.replace(path)
 
 
+def lock_folder(folder):
+    """Exits if another process is training in this run folder -> the lock, to be kept.
+
+    It ends with the process, even after kill -9.
+    """
+    path = folder / "checkpoint" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.exit(f"another process is training in {folder}: wait until it has ended, or end it")
+    return lock
+
+
 class Run:
     """A run folder, as described at the top of this file."""
 
@@ -447,9 +464,12 @@ class Run:
         if is_main_process():
             # Another run may have started here while this one was loading its models.
             check_out(args)
+            self.lock = lock_folder(self.dir)
         (self.dir / "samples").mkdir(parents=True, exist_ok=True)
         # A run that was stopped before its first checkpoint starts over.
         if not (args.resume and self.checkpoint.is_file()):
+            if args.resume:
+                print("--resume: this run has no checkpoint yet, so it starts over")
             self.write_config()
             write_atomically(self.dir / "log.jsonl", "")
         wait_for_all()

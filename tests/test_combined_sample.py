@@ -175,6 +175,16 @@ def test_defaults_come_from_the_run_or_the_model(world, run):
     assert settings("--mode", "base") == settings("--lora", "x.safetensors") == expected
 
 
+def test_held_out_prompts_that_a_run_has_chosen(world):
+    """D-Fusion and DiffDoctor keep them in the run folder, even if none were given."""
+    Path("run").mkdir()
+    config = dict(model=world.sd, resolution=16, test_prompts=None, sampler=SAMPLER)
+    Path("run/config.json").write_text(json.dumps(config))
+    Path("run/test_prompts.txt").write_text("a red circle\n")
+    args = parse_args(["--lora", "run", "--out", "new"])
+    assert args.prompts == "run/test_prompts.txt"
+
+
 def test_refusals(world, run, capsys):
     lora = ["--lora", run.path]
     for words, message in (

@@ -77,6 +77,16 @@ def test_base_model_is_the_base_exactly_and_merged_is_the_lora(world, family):
         assert torch.equal(p, weights[name])
 
 
+def test_full_training_has_no_base_model(world):
+    """It would silently be the tuned one."""
+    model = load_model(world.sd, CPU, full=True)
+    with base_model(model):
+        pass
+    make_trainable(model, 0)
+    with pytest.raises(ValueError, match="no base model"), base_model(model):
+        pass
+
+
 def test_no_gradient_is_lost_silently_in_a_merged_lora(world):
     model = with_lora(world.sd)
     latents, cond = start(model)

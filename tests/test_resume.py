@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import kills
 import pytest
@@ -196,7 +197,8 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(world, monkeypatch, whe
     assert run_script(module, *words, "--train_steps", 2, "--out", "run") == 0
 
     def full(*args, **kwargs):
-        raise error
+        # A new one, because the traceback of `error` would outlive the run and keep its lock.
+        raise type(error)(*error.args)
 
     with monkeypatch.context() as patch:
         patch.setattr(where, full)
@@ -220,6 +222,36 @@ def test_what_changes_the_numbers_is_refused(world):
     for message, change in changes.items():
         assert message in run_script(module, *words, *change, "--out", "run", "--resume")
     assert kills.result("run") == before
+
+
+def test_a_run_that_is_still_going_on_is_not_resumed(world, monkeypatch):
+    module, words = training_commands(world)["refl"]
+    assert run_script(module, *words, "--out", "whole") == 0
+    save = Run.save
+    messages = []
+
+    def resume_and_save(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if not messages:
+            messages.append(run_script(module, *words, "--out", "run", "--resume"))
+
+    monkeypatch.setattr(Run, "save", resume_and_save)
+    assert run_script(module, *words, "--out", "run") == 0
+    assert messages == [
+        "another process is training in run: wait until it has ended, or end it"
+    ]
+    assert kills.result("run") == kills.result("whole")
+
+
+def test_a_run_without_a_checkpoint_says_that_it_starts_over(world, monkeypatch, capsys):
+    module, words = training_commands(world)["refl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", Mock(side_effect=KeyboardInterrupt))
+        assert run_script(module, *words, "--out", "run") == 130
+    capsys.readouterr()
+    assert run_script(module, *words, "--out", "run", "--resume") == 0
+    assert "no checkpoint yet, so it starts over" in capsys.readouterr().out
+    assert [row["step"] for row in read_log("run")] == [1, 2, 3, 4]
 
 
 def test_a_run_of_another_script_is_not_resumed(world, monkeypatch):
