@@ -184,7 +184,8 @@ def diffusion_loss(noise_pred, target):
 def refl_step(model, scheduler, latents, t, cond, reward, prompts):
     """Latents (B, C, h, w) at timestep t -> rewards (B,) of the clean images predicted from them.
 
-    The decoder clamps to [0, 1], so a saturated pixel has no gradient.
+    The decoder clamps to [0, 1], so a saturated pixel has no gradient. A fork with a penalty on
+    noise_pred returns it, too, and adds it to the loss in the loop: the reward_scale is small.
     """
     noise_pred = denoise(model, latents, t, cond)
     x0 = predict_x0(scheduler, noise_pred, t, latents)
