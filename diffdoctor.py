@@ -24,7 +24,7 @@ Differences from the paper, whose authors released only the second half:
    not fallen for --patience evaluations, or if the images have drifted from the originals by more
    than --max_drift times the distance between different images. All snapshots are kept.
 4. The paper gives no numbers for training the detector. The optimizer and the thresholds are
-   ours; the strong augmentation is UniMatch's.
+   ours; the strong augmentation is nearly UniMatch's (data/augment.py).
 results/differences.md lists the release's other settings.
 
   $ python diffdoctor.py treat                       # the toy world: minutes on two CPU cores
@@ -440,7 +440,8 @@ def train_detector(args):
     buffers = list(detector.buffers())
     state = params + buffers
 
-    run = Run(args, args.init, {}, f"{NAME} detector")
+    # The learning rate falls to 0 at train_steps, so a run cannot be made longer.
+    run = Run(args, args.init, {}, f"{NAME} detector", fixed=["train_steps"])
     for name, value in vars(args).items():
         print(f"  {name:<20} {value}")
     print(f"  training {sum(p.numel() for p in params):,} parameters")
@@ -476,7 +477,9 @@ def train_detector(args):
         detector.train()
         old_buffers = [buffer.clone() for buffer in buffers]
         is_cuda = device.type == "cuda"
-        with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=is_cuda):
+        devices = [device] if is_cuda else []
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_cuda)
+        with torch.random.fork_rng(devices), autocast:
             torch.manual_seed(generator(args.seed, "dropout", step).initial_seed())
             confidence = detector(images)
         loss = detector_loss(confidence, labels[:, 0])
@@ -614,7 +617,8 @@ def treat(args):
     if model.is_flow:
         timesteps = make_scheduler(model, "euler", 1000).timesteps
 
-    run = Run(args, model.source, sampler, f"{NAME} treat", PAPER)
+    # --patience counts evaluations, and there is one every save_every updates.
+    run = Run(args, model.source, sampler, f"{NAME} treat", PAPER, fixed=["save_every"])
     # For combined_sample.py --prompts: also those that we do not use here.
     write_atomically(run.dir / "test_prompts.txt", "\n".join(all_test_prompts) + "\n")
     print_settings(args, PAPER, params)

@@ -471,7 +471,7 @@ def build_network(name, source, device):
     if name == "imagereward_raw":
         file = find_file(source, ["ImageReward.pt"], "THUDM/ImageReward")
         return ImageReward(file, device, dtype=torch.float32, raw=True)
-    # Measuring wants more digits than training: fp32 on every device.
+    # Measuring wants more digits than training: fp32 on every device, and no TF32 (see main).
     return build_reward(name, source, device, torch.float32)
 
 
@@ -738,7 +738,7 @@ def read_run(run):
     if not path.is_file():
         sys.exit(f"--over_steps {run}: not a run folder, because it has no config.json")
     config = json.loads(path.read_text())
-    if "sampler" not in config:
+    if not config.get("sampler"):
         sys.exit(f"--over_steps {run}: its config.json names no sampler, so we cannot sample it")
     snapshots = {}
     for folder in (run / ("lora" if config["lora_rank"] else "model")).glob("step_*"):
@@ -1107,6 +1107,8 @@ def choose_networks(args, folders):
 
 
 def main(args):
+    # Convolutions on CUDA would round to 10 bits, although their weights are fp32.
+    torch.backends.cudnn.allow_tf32 = False
     device = pick_device(args.device)
     steps = None
     if args.over_steps:

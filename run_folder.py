@@ -8,8 +8,9 @@
   checkpoint/state.pt         what --resume reads
 
 A run folder is started once and then resumed as often as needed. A killed run loses only the
-updates since its last checkpoint, and the files of a resumed run are the same, byte for byte, as
-those of a run that was never stopped.
+updates since its last checkpoint. On a CPU, the files of a resumed run are the same, byte for byte,
+as those of a run that was never stopped, except for the seconds in the log. On CUDA, some of
+torch's backward passes differ in the last digits from run to run.
 
 Under torchrun, several processes with a GPU each divide the images of an update among themselves.
 The numbers do not depend on how many there are, except for the last digits, which depend on the
@@ -114,11 +115,15 @@ def run_name(script, args):
 
 
 def check_counts(args):
-    """Exits if a setting that counts something is zero or negative."""
+    """Exits if a setting that counts something is zero or negative, or a guidance scale below 1."""
     for name in COUNTS:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             sys.exit(f"--{name} {value}: it must be 1 or more")
+    for name in ("guidance_scale", "base_guidance_scale"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            sys.exit(f"--{name} {value:g}: it must be 1 or more, and 1 means no guidance")
 
 
 def check_out(args):
@@ -175,6 +180,11 @@ def readable_errors(args):
                 advice = "Lower --micro_batch or --batch_size"
             sys.exit(f"\n{what}{is_free}. {advice}{hint}")
         sys.exit(f"\n{error}{hint}")
+    except RuntimeError as error:
+        # The processes that read images ahead pass them on in shared memory.
+        if "shared memory" not in str(error):
+            raise
+        sys.exit(f"\n{error}. In Docker, start the container with --ipc=host")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,12 +447,16 @@ def lock_folder(folder):
 class Run:
     """A run folder, as described at the top of this file."""
 
-    def __init__(self, args, model_source, sampler, method="", paper=None):
-        """method: its name, as in "refl". paper: the table PAPER of the script."""
+    def __init__(self, args, model_source, sampler, method="", paper=None, fixed=()):
+        """method: its name, as in "refl". paper: the table PAPER of the script.
+
+        fixed: settings of MAY_DIFFER that change the numbers of this method.
+        """
         self.args = args
         self.sampler = sampler
         self.method = method
         self.paper = papers_settings(args, paper) if paper else None
+        self.fixed = fixed
         self.dir = Path(args.out)
         self.weights = self.dir / ("lora" if getattr(args, "lora_rank", 0) else "model")
         self.checkpoint = self.dir / CHECKPOINT
@@ -476,11 +490,11 @@ class Run:
 
     def check_config(self, old):
         """Exits if a setting that changes the numbers differs from the run's, `old`."""
-        changes = [
-            f"{name} was {old.get(name)!r} and is {value!r}"
-            for name, value in self.config.items()
-            if name not in MAY_DIFFER and value != old.get(name)
-        ]
+        changes = []
+        for name, value in self.config.items():
+            is_checked = name in self.fixed or name not in MAY_DIFFER
+            if is_checked and value != old.get(name):
+                changes.append(f"{name} was {old.get(name)!r} and is {value!r}")
         if changes:
             remedy = "Change them back, or choose another --out"
             sys.exit(f"--resume: settings differ from the run's: {'; '.join(changes)}. {remedy}")
@@ -532,6 +546,8 @@ class Run:
         self.write_config()
         if is_main_process():
             self.write_page()
+        # From here on, every process may read the log.
+        wait_for_all()
         return state
 
     def read_log(self):

@@ -4,8 +4,10 @@
   pseudo labels    weak, then shrink_and_pad for half of the images in which nothing is wrong,
                    strong, and cutmix
 
-The strong augmentation and CutMix have UniMatch's settings (Yang et al. 2023). Shrinking is the
-dynamic augmentation of DiffDoctor, section 3.2, with our own numbers.
+The strong augmentation and CutMix have UniMatch's settings (Yang et al. 2023). Our changes: a blur
+grows with the image, and CutMix draws a box's ratio uniformly in log scale, where UniMatch's code
+prefers tall boxes, and cuts a box that does not fit, where that code draws another one. Shrinking
+is the dynamic augmentation of DiffDoctor, section 3.2, with our own numbers.
 
 Images are (3, S, S) and labels (1, S, S), both in [0, 1]. Every draw comes from `draw`, a
 generator on the CPU. The order of the draws is fixed, so a seed always gives the same images.

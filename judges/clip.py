@@ -62,8 +62,9 @@ class PickScore:
 
 
 class ClipScore:
-    """cos(image, text) of an open_clip model: CLIPScore (Hessel et al. 2021).
+    """cos(image, text) of an open_clip model: CLIPScore (Hessel et al. 2021) as our papers use it.
 
+    The original puts "A photo depicts" before the text, and returns 2.5 * max(cos, 0).
     With HPSv2's weights and pad=True, this is HPSv2 (Wu et al. 2023).
 
     name, tag: open_clip's names for the architecture and the weights.

@@ -197,6 +197,8 @@ def test_refusals(world, run, capsys):
         (["--mode", "base", "--lora", "nowhere"], "nowhere: there is no such file or folder"),
         ([*lora, "--model", world.flux], "LoRA"),
         (["--mode", "base", "--num_images", 0], "--num_images 0: it must be 1 or more"),
+        # diffusers' usual value for FLUX.1-schnell; here it would ignore the prompts.
+        ([*lora, "--guidance_scale", 0], "--guidance_scale 0: it must be 1 or more"),
     ):
         status = run_script(combined_sample, "--out", "new", *words)
         assert status != 0 and message in f"{status} {capsys.readouterr().err}", words

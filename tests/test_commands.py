@@ -25,6 +25,7 @@ from common import TOY, load_model
 from data import coco, labels
 from data.prompts import condition
 from rewards import load_reward
+from run_folder import readable_errors
 
 MODULES = {
     "refl.py": refl,
@@ -329,6 +330,14 @@ def test_config_json_names_the_commit_of_a_hub_model(world, tmp_path, monkeypatc
     config = json.loads(Path("run/config.json").read_text())
     assert config["model"] == "nobody/tiny@main"
     assert config["model_source"] == f"nobody/tiny@{commit}"
+
+
+def test_too_little_shared_memory_is_one_line():
+    """What the DataLoader's workers raise in a container with Docker's default of 64 MiB."""
+    with pytest.raises(SystemExit, match="--ipc=host"), readable_errors(None):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+    with pytest.raises(RuntimeError, match="shapes"), readable_errors(None):
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.mark.parametrize("harm", ["cut", "absent", "key", "shape"])

@@ -320,6 +320,13 @@ def test_over_steps(world, vit, tmp_path, rank):
     assert made == {path: path.stat().st_mtime_ns for path in run.rglob("*.png")}
 
 
+def test_over_steps_needs_a_run_that_can_be_sampled(tmp_path):
+    """A detector's run has an empty sampler."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(sampler={}, train_steps=4)))
+    message = run_script(evaluate, "--over_steps", tmp_path, "--metrics", "toy_pref")
+    assert "names no sampler" in message
+
+
 def test_report(capsys):
     summary = dict(mean=0.5, low=0.25, high=0.75, prompts=2, per_prompt={"0": 0.4, "1": 0.6})
     no_value = dict(mean=None, low=None, high=None, prompts=0, per_prompt={}, left_out=2)

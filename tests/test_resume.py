@@ -224,6 +224,17 @@ def test_what_changes_the_numbers_is_refused(world):
     assert kills.result("run") == before
 
 
+@pytest.mark.parametrize(
+    "name, change", [("detector", ["--train_steps", 6]), ("treat", ["--save_every", 1])]
+)
+def test_what_changes_the_numbers_of_one_method_is_refused(world, name, change):
+    """The detector's learning rate falls until train_steps; treat's patience counts snapshots."""
+    module, words = training_commands(world)[name]
+    assert run_script(module, *words, "--out", "run") == 0
+    message = run_script(module, *words, *change, "--out", "run", "--resume")
+    assert f"{change[0].strip('-')} was" in message
+
+
 def test_a_run_that_is_still_going_on_is_not_resumed(world, monkeypatch):
     module, words = training_commands(world)["refl"]
     assert run_script(module, *words, "--out", "whole") == 0
