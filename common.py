@@ -10,7 +10,7 @@ carry the gradient belong in the scripts. What is particular to a family of mode
   x0        = predict_x0(scheduler, denoise(model, latents, t, cond), t, latents)
   images    = decode(model, x0)                                 (B, 3, H, W) in [0, 1]
 
-Latents are (B, C, h, w) in fp32 everywhere, even for FLUX. Timesteps run from 1000 or 999 down.
+Latents are (B, C, h, w) in fp32 everywhere, even for FLUX. Timesteps fall from at most 1000.
 """
 
 import contextlib
@@ -184,7 +184,8 @@ def denoise(model, latents, t, cond, guidance_scale=1.0, uncond=None):
     """
     if model.lora_is_merged and torch.is_grad_enabled():
         raise RuntimeError("a merged LoRA gets no gradient: leave `with merged(model)` first")
-    # The copy must not block, so that the CPU can keep queueing work while the GPU is busy.
+    # The copy must not block, so that the CPU can keep queueing work while the GPU is busy. (The
+    # noise of diffusers' DDPM and DDIM steps still does.)
     t = t.to(latents.device, non_blocking=True)
     predict = model.family.predict
     # fp32 LoRA weights meet bf16 activations here. Autocast caches the weights it casts, so every

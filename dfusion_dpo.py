@@ -54,8 +54,8 @@ Differences from the paper and from the authors' code, which samples and fuses b
    prompts point at the wrong token.
 4. We replay the reference in one batch with the target, from the latents and maps that we kept
    from sampling it. That takes two passes instead of three.
-5. Prompts from a text file get their thresholds from a quantile over a few samples. The authors
-   chose theirs by eye, and you can edit ours.
+5. The authors chose their thresholds by eye on SD 2.1. For other models, and for prompts from a
+   text file, ours come from a quantile over a few samples, and you can edit them.
 6. DDPO and DPOK train on the images of the pairs. The paper does not say so; DDPO's own code trains
    on all samples. Its code also gives the limit of 5 on A.
 7. Adam's eps is 1e-15. With Table 3's 1e-8, most gradients on the toy world are below eps, which
@@ -88,9 +88,9 @@ from data.items import read_items, token_span, write_items
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARD_HELP, load_reward
 from run_folder import Run, check_counts, check_out, chosen_model, describe_reward, gather, held_out
-from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
-from run_folder import reward_columns, run_name, save_grid, score_with_parts, settings_for
-from run_folder import settings_parser, sum_gradients, sum_processes, write_atomically
+from run_folder import is_main_process, joined_processes, model_family, own_part, print_settings
+from run_folder import readable_errors, reward_columns, run_name, save_grid, score_with_parts
+from run_folder import settings_for, settings_parser, sum_gradients, sum_processes, write_atomically
 
 NAME = "dfusion_dpo"  # names the run folder and the progress bar; change it in a fork
 # Table 3: 4 x 160 images of 40 prompts per round, 25,600 in total. The LoRA rank is from the
@@ -106,7 +106,8 @@ OURS = {  # what we change, and the models that the paper does not cover
     "sd14": PAPER["sd21"],
     "sd15": PAPER["sd21"],
     "sd21": PAPER["sd21"],
-    "sdxl": {**PAPER["sd21"], "resolution": 1024},
+    # With guidance, 8 images are 16 rows of the U-Net: about 110 GiB at 1024 px (computed).
+    "sdxl": {**PAPER["sd21"], "resolution": 1024, "micro_batch": 2},
     "toy": dict(
         train_steps=16, batch_size=64, images_per_prompt=8, inner_epochs=2, resolution=64,
         num_inference_steps=10, guidance_scale=1.0, adoption_threshold=1.0, lr=1e-3, lora_rank=8,
@@ -118,6 +119,7 @@ OURS = {  # what we change, and the models that the paper does not cover
         trained_steps="10-3", train_timesteps=3,
     ),
 }
+PAPERS_PROMPTS = f"{ROOT}/data/dfusion_templates.json"
 ETA = 1.0  # DDIM's noise weight, Table 3: each step adds as much noise as in ancestral sampling
 CLIP_RANGE = 0.1  # of Eq. 8, from the authors' configuration; ddpo-pytorch has 1e-4
 MASK_QUANTILE = 0.8  # ours: an item covers about a fifth of the picture
@@ -132,7 +134,7 @@ def parse_args(argv=None):
     add("--algo", choices=("dpo", "ddpo", "dpok"), default="dpo", help="Eq. 6, 8 or 9")
     add("--naive", action="store_true", help="do not fuse: train on references and bases")
     add(
-        "--prompts", default=f"{ROOT}/data/dfusion_templates.json",
+        "--prompts", default=PAPERS_PROMPTS,
         help="JSON as in data/, or a text file with one line 'prompt | item; item' per prompt",
     )
     add("--template", help="which list in the JSON file; by default the first")
@@ -953,6 +955,10 @@ def main(args):
 
     rows, test_prompts = read_items(args.prompts, args.template)
     test_prompts = read_test_prompts(args, test_prompts)
+    # The authors chose their thresholds by eye, on the maps of SD 2.1.
+    if args.prompts == PAPERS_PROMPTS and model_family(args.model) != "sd21":
+        for row in rows:
+            row.pop("thresholds")
     device = pick_device(args.device)
     model = load_model(args.model, device, args.resolution, full=args.lora_rank == 0)
     args.resolution = model.resolution

@@ -78,8 +78,8 @@ PAPER = {
     ),
 }
 # What we change, and the models that the paper does not cover. On flows, images start at the step
-# whose noise-to-signal ratio is closest to .63, that of the paper's t' of 226, so at a sigma of
-# about .39. Otherwise, large models take refl.py's values, with twice its updates as in the paper.
+# whose sigma is closest to .39, where the noise-to-signal ratio is .63, as at the paper's t' of
+# 226. Otherwise, large models take refl.py's values, with twice its updates as in the paper.
 OURS = {
     "sd14": {**PAPER["sd15"], "lora_rank": 32},
     "sd15": {**PAPER["sd15"], "lora_rank": 32},

@@ -5,6 +5,7 @@
   cond = condition(model, prompts)           the `cond` of common.denoise for a batch of prompts
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def encode_once(model, prompts, limit=16e9):
     unique_prompts = list(dict.fromkeys(prompts))
     some = encode_prompts(model, unique_prompts[:64])
     num_bytes = sum(part.nbytes for parts in some.values() for part in parts)
+    # Under torchrun, every process of this machine keeps its own.
+    num_bytes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if num_bytes * len(unique_prompts) / len(some) > limit:
         return
     model.embeds.update({**some, **encode_prompts(model, unique_prompts[64:])})

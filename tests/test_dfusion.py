@@ -181,6 +181,17 @@ def test_prompts_with_one_and_two_items_get_thresholds(world):
     assert picture.crop((256, 0, 384, 128)).getextrema() == ((255, 255),) * 3
 
 
+def test_only_sd21_takes_the_papers_thresholds(world, monkeypatch):
+    monkeypatch.setattr(dfusion_dpo, "PAPERS_PROMPTS", world.items)
+    train(world, "other", "--prompts", world.items)
+    rows, _ = read_items("other/prompts.json")
+    assert rows[0]["items"] == ["blue square", "circle"]
+    assert rows[0]["thresholds"] != [0.08, 0.08]
+    monkeypatch.setattr(dfusion_dpo, "model_family", lambda model: "sd21")
+    train(world, "sd21", "--prompts", world.items)
+    assert not Path("sd21/prompts.json").exists()
+
+
 def test_masks_and_thresholds_by_hand():
     maps = torch.tensor([[[0.1, 0.5], [0.3, 0.2]], [[0.9, 0.6], [0.1, 0.2]]])
     xor = dfusion_dpo.merge_masks(maps, [0.3, 0.6], "xor")
