@@ -5,13 +5,17 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
 
 def main(path):
-    source = hf_hub_download("ymhao/HPDv2", "test.json", repo_type="dataset")
+    try:
+        source = hf_hub_download("ymhao/HPDv2", "test.json", repo_type="dataset")
+    except OSError as error:
+        sys.exit(f"ymhao/HPDv2 cannot be downloaded. {error}")
     rows = json.loads(Path(source).read_text())
     # One prompt per line: some have line breaks of their own.
     prompts = [" ".join(row["prompt"].split()) for row in rows]

@@ -9,9 +9,11 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from data import coco, hpdv2
@@ -188,6 +190,13 @@ def test_hpdv2_prompts_are_written_once_each_and_on_one_line(tmp_path, monkeypat
     monkeypatch.setattr(hpdv2, "hf_hub_download", fake_hub)
     hpdv2.main(tmp_path / "prompts.txt")
     assert read_prompts(tmp_path / "prompts.txt") == ["a fox", "two lines"]
+
+
+def test_hpdv2_without_the_hub_is_one_line(tmp_path, monkeypatch):
+    fake_hub = Mock(side_effect=LocalEntryNotFoundError("check your connection"))
+    monkeypatch.setattr(hpdv2, "hf_hub_download", fake_hub)
+    with pytest.raises(SystemExit, match="ymhao/HPDv2 cannot be downloaded. check your connection"):
+        hpdv2.main(tmp_path / "prompts.txt")
 
 
 def test_image_folder_and_batches(tmp_path):
