@@ -336,6 +336,8 @@ def score(args):
     write_lines(out / "scores.jsonl", rows)
     print(f"ranked: {out / 'scores.jsonl'}. Generate more images of the abnormal categories with")
     print("good models, then have the hard ones labeled: python data/labels.py export_hard ...")
+    if not abnormal_categories:
+        print("No category stands out here. Name those you distrust: export_hard --categories ...")
 
 
 def read_hard(args):

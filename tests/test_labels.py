@@ -79,9 +79,17 @@ def test_score_ranks_images_and_flags_the_abnormal_category(unlabelled, capsys):
     assert {row["category"] for row in rows if row["abnormal"]} == {"hand"}
     assert rows[0]["max"] == pytest.approx(220 / 255)
     assert rows[0]["mean"] == pytest.approx((240 * 5 + 16 * 220) / 256 / 255)
-    hand = capsys.readouterr().out.splitlines()[1].split()
+    output = capsys.readouterr().out
+    assert "No category stands out" not in output
+    hand = output.splitlines()[1].split()
     # In percent: the mean (240 * 5 + 16 * 160) / 256 / 255 and the maximum 160 / 255.
     assert hand == ["hand", "6", "5.76", "62.75", "abnormal"]
+
+
+def test_score_says_if_no_category_is_abnormal(unlabelled, monkeypatch, capsys):
+    monkeypatch.setattr(labels, "abnormal", lambda means: [])
+    run("score", *LOOK, "--out", "scores")
+    assert "No category stands out" in capsys.readouterr().out
 
 
 def test_export_hard_takes_the_worst_images_with_their_maps(unlabelled):
