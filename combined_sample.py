@@ -55,7 +55,7 @@ from data.images import open_image, to_tensor
 from data.prompts import condition, encode_once, read_prompts
 from models import MODELS
 from models.lora import find_lora, load_lora
-from run_folder import check_counts, is_main_process, joined_processes, own_part, readable_errors
+from run_folder import check_ranges, is_main_process, joined_processes, own_part, readable_errors
 from run_folder import save_grid, settings_for, settings_parser, to_pil, wait_for_all
 from run_folder import write_atomically
 
@@ -114,7 +114,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--out", required=True, help="folder for the images, new or empty")
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_ranges(args)
 
     run = read_run(args.lora)
     # A run of focus_n_fix.py with --prefix base leaves its first steps to the base model.

@@ -87,7 +87,7 @@ from common import load_model, make_scheduler, make_trainable, pick_device, pred
 from data.items import read_items, token_span, write_items
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARD_HELP, load_reward
-from run_folder import Run, check_counts, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import Run, check_out, check_ranges, chosen_model, describe_reward, gather, held_out
 from run_folder import is_main_process, joined_processes, model_family, own_part, print_settings
 from run_folder import readable_errors, reward_columns, run_name, save_grid, score_with_parts
 from run_folder import settings_for, settings_parser, sum_gradients, sum_processes, write_atomically
@@ -119,7 +119,7 @@ OURS = {  # what we change, and the models that the paper does not cover
         trained_steps="10-3", train_timesteps=3,
     ),
 }
-PAPERS_PROMPTS = f"{ROOT}/data/dfusion_templates.json"
+PAPERS_PROMPTS = ROOT / "data" / "dfusion_templates.json"
 ETA = 1.0  # DDIM's noise weight, Table 3: each step adds as much noise as in ancestral sampling
 CLIP_RANGE = 0.1  # of Eq. 8, from the authors' configuration; ddpo-pytorch has 1e-4
 MASK_QUANTILE = 0.8  # ours: an item covers about a fifth of the picture
@@ -134,7 +134,7 @@ def parse_args(argv=None):
     add("--algo", choices=("dpo", "ddpo", "dpok"), default="dpo", help="Eq. 6, 8 or 9")
     add("--naive", action="store_true", help="do not fuse: train on references and bases")
     add(
-        "--prompts", default=PAPERS_PROMPTS,
+        "--prompts", default=str(PAPERS_PROMPTS),
         help="JSON as in data/, or a text file with one line 'prompt | item; item' per prompt",
     )
     add("--template", help="which list in the JSON file; by default the first")
@@ -189,7 +189,7 @@ def parse_args(argv=None):
     own_trained_steps = settings.pop("trained_steps", None)
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_ranges(args)
 
     if args.naive and (args.fusion_layers or args.fusion_steps):
         parser.error("--naive fuses nothing: leave out --fusion_layers and --fusion_steps")
@@ -956,7 +956,7 @@ def main(args):
     rows, test_prompts = read_items(args.prompts, args.template)
     test_prompts = read_test_prompts(args, test_prompts)
     # The authors chose their thresholds by eye, on the maps of SD 2.1.
-    if args.prompts == PAPERS_PROMPTS and model_family(args.model) != "sd21":
+    if PAPERS_PROMPTS.samefile(args.prompts) and model_family(args.model) != "sd21":
         for row in rows:
             row.pop("thresholds")
     device = pick_device(args.device)

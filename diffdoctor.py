@@ -55,7 +55,7 @@ from data.labels import Labelled, overlay, read_labels
 from data.prompts import condition, encode_once, read_prompts
 from judges.detector import Detector, load_detector
 from rewards import REWARD_HELP, load_reward
-from run_folder import Run, SettingsHelp, check_counts, check_out, chosen_model, gather
+from run_folder import Run, SettingsHelp, check_out, check_ranges, chosen_model, gather
 from run_folder import held_out_images, is_main_process, joined_processes, num_processes, own_part
 from run_folder import print_settings, readable_errors, run_name, save_grid, score, settings_for
 from run_folder import settings_parser, sum_gradients, sum_processes, write_atomically
@@ -152,7 +152,7 @@ def parse_args(argv=None):
     detector_parser = commands.add_parser("detector", help="train a detector", **options)
     add_detector_settings(detector_parser, argv)
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_ranges(args)
 
     if args.command == "treat":
         if not args.detector:

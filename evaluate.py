@@ -80,7 +80,7 @@ from models.hub import split_revision
 from models.lora import load_lora
 from pages.make import comparison_page, data_uri, some_of
 from rewards import OwnReward, build_reward, is_own, split_own
-from run_folder import check_counts, gather, generate_batches, is_main_process, joined_processes
+from run_folder import check_ranges, gather, generate_batches, is_main_process, joined_processes
 from run_folder import own_part, readable_errors, settings_parser, to_pil, wait_for_all
 from run_folder import write_atomically
 from toy.oracle import correct
@@ -145,7 +145,7 @@ def parse_args(argv=None):
     add("--html", help="write the tables and images, side by side, to this web page")
     add("--plot", help="PNG: quality against diversity; with --over_steps, metrics over steps")
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_ranges(args)
 
     args.metrics = split_metrics(args.metrics)
     distances = [name for name in args.metrics if name in DISTANCES]

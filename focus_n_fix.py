@@ -61,7 +61,7 @@ from data.prompts import condition, encode_once, read_prompts
 from judges.clip import PickScore
 from judges.detector import Detector, load_detector
 from rewards import REWARD_HELP, known_reward, load_reward
-from run_folder import Run, check_counts, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import Run, check_out, check_ranges, chosen_model, describe_reward, gather, held_out
 from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
 from run_folder import reward_means, run_name, save_grid, score, settings_for, settings_parser
 from run_folder import sum_gradients, sum_processes, with_parts
@@ -142,7 +142,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_ranges(args)
 
     # These defaults depend on other flags.
     if args.region is None:

@@ -55,7 +55,7 @@ from common import pick_device, predict_x0, sample
 from data.images import image_batches, image_data
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARD_HELP, known_reward, load_reward
-from run_folder import Run, check_counts, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import Run, check_out, check_ranges, chosen_model, describe_reward, gather, held_out
 from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
 from run_folder import reward_means, run_name, settings_for, settings_parser, sum_gradients
 from run_folder import sum_processes, with_parts
@@ -153,7 +153,7 @@ def parse_args(argv=None):
     # The row of OURS for this --model gives the defaults, and flags override them.
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_ranges(args)
 
     # The toy world has more training prompts than its images have captions.
     if args.prompts is None and args.data == f"{TOY}/images":
@@ -184,8 +184,8 @@ def diffusion_loss(noise_pred, target):
 def refl_step(model, scheduler, latents, t, cond, reward, prompts):
     """Latents (B, C, h, w) at timestep t -> rewards (B,) of the clean images predicted from them.
 
-    The decoder clamps to [0, 1], so a saturated pixel has no gradient. A fork with a penalty on
-    noise_pred returns it, too, and adds it to the loss in the loop: the reward_scale is small.
+    The decoder clamps to [0, 1], so a saturated pixel has no gradient. To penalize noise_pred in a
+    fork, return it, too, and add the penalty to the loss in the loop, where reward_scale is small.
     """
     noise_pred = denoise(model, latents, t, cond)
     x0 = predict_x0(scheduler, noise_pred, t, latents)

@@ -44,7 +44,7 @@ from common import TOY, decode, denoise, generator, initial_latents, load_model,
 from common import make_trainable, merged, pick_device, predict_x0, sample
 from data.prompts import condition, encode_once, read_prompts
 from rewards import REWARD_HELP, known_reward, load_reward
-from run_folder import Run, check_counts, check_out, chosen_model, describe_reward, gather, held_out
+from run_folder import Run, check_out, check_ranges, chosen_model, describe_reward, gather, held_out
 from run_folder import is_main_process, joined_processes, own_part, print_settings, readable_errors
 from run_folder import reward_means, run_name, settings_for, settings_parser, sum_gradients
 from run_folder import sum_processes, with_parts
@@ -136,7 +136,7 @@ def parse_args(argv=None):
     # The row of OURS for this --model gives the defaults, and flags override them.
     parser.set_defaults(**settings_for(OURS, chosen_model(argv)))
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_ranges(args)
 
     # known_reward exits if there is no such reward.
     reward_name = known_reward(args.reward)
@@ -166,8 +166,8 @@ def hinge_loss(r, reward_scale):
 def refl_step(model, scheduler, latents, t, cond, reward, prompts):
     """Latents (B, C, h, w) at timestep t -> rewards (B,) of the clean images predicted from them.
 
-    The decoder clamps to [0, 1], so a saturated pixel has no gradient. A fork with a penalty on
-    noise_pred returns it, too, and adds it to the loss in the loop: the reward_scale is small.
+    The decoder clamps to [0, 1], so a saturated pixel has no gradient. To penalize noise_pred in a
+    fork, return it, too, and add the penalty to the loss in the loop, where reward_scale is small.
     """
     noise_pred = denoise(model, latents, t, cond)
     x0 = predict_x0(scheduler, noise_pred, t, latents)

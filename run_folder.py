@@ -48,9 +48,10 @@ from pages.make import run_page
 MAY_DIFFER = ("train_steps", "micro_batch", "checkpointing", "compile", "save_every")
 NOT_SAVED = ("resume", "out", "device")
 CHECKPOINT = Path("checkpoint") / "state.pt"  # in the run folder
-COUNTS = (
+# Settings that must be 1 or more. A guidance scale of 1 means no guidance.
+AT_LEAST_ONE = (
     "train_steps", "batch_size", "micro_batch", "save_every", "num_inference_steps", "num_images",
-    "images_per_prompt", "max_images",
+    "images_per_prompt", "max_images", "guidance_scale", "base_guidance_scale",
 )
 
 
@@ -114,16 +115,12 @@ def run_name(script, args):
     return str(Path("runs") / re.sub(r"[^\w.-]+", "_", name))
 
 
-def check_counts(args):
-    """Exits if a setting that counts something is zero or negative, or a guidance scale below 1."""
-    for name in COUNTS:
+def check_ranges(args):
+    """Exits if one of the settings AT_LEAST_ONE is less."""
+    for name in AT_LEAST_ONE:
         value = getattr(args, name, None)
         if value is not None and value < 1:
-            sys.exit(f"--{name} {value}: it must be 1 or more")
-    for name in ("guidance_scale", "base_guidance_scale"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            sys.exit(f"--{name} {value:g}: it must be 1 or more, and 1 means no guidance")
+            sys.exit(f"--{name} {value:g}: it must be 1 or more")
 
 
 def check_out(args):

@@ -37,7 +37,7 @@ from common import pick_device
 from data.coco import write_atomically
 from data.images import image_batches, image_data, open_image, to_tensor
 from judges.detector import load_detector
-from run_folder import SettingsHelp, check_counts, readable_errors, settings_parser, to_pil
+from run_folder import SettingsHelp, check_ranges, readable_errors, settings_parser, to_pil
 
 SOURCES = ("human", "pseudo", "real")
 SPLITS = ("train", "test")
@@ -82,7 +82,7 @@ def parse_args(argv=None):
     add("--out", required=True, help="new labeled folder")
 
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_ranges(args)
     out = Path(args.out)
     is_empty = out.is_dir() and not any(out.iterdir())
     if args.command != "import_labels" and out.exists() and not is_empty:

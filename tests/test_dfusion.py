@@ -182,7 +182,7 @@ def test_prompts_with_one_and_two_items_get_thresholds(world):
 
 
 def test_only_sd21_takes_the_papers_thresholds(world, monkeypatch):
-    monkeypatch.setattr(dfusion_dpo, "PAPERS_PROMPTS", world.items)
+    monkeypatch.setattr(dfusion_dpo, "PAPERS_PROMPTS", Path(world.items))
     train(world, "other", "--prompts", world.items)
     rows, _ = read_items("other/prompts.json")
     assert rows[0]["items"] == ["blue square", "circle"]
